@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run folder: each stage's result is written once, whole or not at all, and found again by its inputs and options.
+
+A stage's *key* is a hash of its name, its options and the keys of what it was made from. As every stage is a pure
+function of those, equal keys mean equal bytes, and a stage whose key has not changed is not done again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+MANIFEST = ".stage.json"
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"": type(value).__name__, **asdict(value)}
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"cannot make a key of {type(value).__name__}")
+
+
+def key_of(*parts: Any) -> str:
+    """Hash of JSON-able parts and (nested) dataclasses: 32 hex digits."""
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True, default=_plain).encode(), digest_size=16).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Hash of a file's content: 32 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Replace `path` by `data` so that a crash leaves either the old content or the new, and the new is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with open(partial, "wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+class RunFolder:
+    """A folder of stage results. Only this class decides whether a stage has to be done."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        self._scratch = path / ".partial"
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def key(self, name: str) -> str | None:
+        """Key under which the stage's result was kept, or None when there is none."""
+        manifest = self.path / name / MANIFEST
+        return json.loads(manifest.read_text())["key"] if manifest.exists() else None
+
+    def seconds(self, name: str) -> float:
+        """How long the stage took when it was done."""
+        return float(json.loads((self.path / name / MANIFEST).read_text())["seconds"])
+
+    def scratch(self, name: str) -> Path:
+        """A folder for what the unfinished stage needs to go on after a crash; gone once it is kept."""
+        folder = self._scratch / f"{name.replace('/', '-')}.scratch"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def keep(self, name: str, make: Callable[[Path], None], *parts: Any) -> Path:
+        """The folder `<run>/<name>`, made by `make(empty folder)` unless it is there with the same key.
+
+        Args:
+            parts: options and keys of the inputs; whatever the result depends on.
+        """
+        key = key_of(name, *parts)
+        final = self.path / name
+        if self.key(name) == key:
+            return final
+        scratch = self.scratch(name)
+        owner = scratch / "key"
+        if not owner.exists() or owner.read_text() != key:  # the scratch of other inputs is of no use
+            shutil.rmtree(scratch)
+            self.scratch(name)
+            write_atomic(owner, key)
+        partial = self._scratch / name.replace("/", "-")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        began = time.monotonic()
+        make(partial)
+        manifest = {"stage": name, "key": key, "seconds": round(time.monotonic() - began, 3)}
+        (partial / MANIFEST).write_text(json.dumps(manifest))
+        _sync_tree(partial)
+        if final.exists():
+            shutil.rmtree(final)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(partial, final)
+        shutil.rmtree(scratch, ignore_errors=True)
+        return final
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every fault that a user can mend: a message names the place, the value and the cure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class DeepFusionError(Exception):
+    """Base of all errors that deepfusion raises on purpose. Catch this one to catch them all."""
+
+
+class ConfigError(DeepFusionError):
+    """One or more faults in a configuration, all reported at once.
+
+    Each fault reads `[section] key = value: what is wrong; what to do`.
+    """
+
+    def __init__(self, faults: Sequence[str], source: str = "configuration") -> None:
+        self.faults = tuple(faults)
+        self.source = source
+        plural = "fault" if len(self.faults) == 1 else "faults"
+        lines = "\n".join(f"  {fault}" for fault in self.faults)
+        super().__init__(f"{source}: {len(self.faults)} {plural}\n{lines}")
+
+
+class DataError(DeepFusionError):
+    """Text, a data set or a tokenizer that cannot be read or used."""
+
+
+class ModelError(DeepFusionError):
+    """A model folder, preset or architecture that cannot be built, loaded or merged."""
+
+
+class MemoryLimitError(DeepFusionError):
+    """A device cannot train its model within its stated memory limit."""
+
+
+class UploadError(DeepFusionError):
+    """An upload that is malformed, hostile or does not match what was asked for. Names the device."""
+
+
+class FederationError(DeepFusionError):
+    """The exchange between server and devices failed beyond what retries can mend."""
+
+
+class ResumeError(DeepFusionError):
+    """A run folder does not match the configuration that wants to continue it."""
