@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run's one tokenizer: trained on public text or opened, and kept as a folder that AutoTokenizer opens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from deepfusion.data.options import TokenizerOptions
+from deepfusion.errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+_KNOWN_ENDS = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[EOS]", "[SEP]")
+_CHUNK = 4096
+
+
+def make_tokenizer(options: TokenizerOptions, texts: Iterable[str], root: Path, folder: Path) -> None:
+    """Write the tokenizer that `options` ask for into `folder`, with an end-of-text token that is also the padding.
+
+    A tokenizer that has no end-of-text token gets one. Training is deterministic.
+
+    Args:
+        texts: what to train on; read only when training.
+
+    Raises:
+        DataError: the file, folder or hub model holds no tokenizer that can be used.
+    """
+    if options.vocab_size is not None:
+        tokenizer = _wrap(_train(texts, options.vocab_size), END_OF_TEXT)
+    elif options.file is not None:
+        tokenizer = _from_file(root / options.file)
+    else:
+        tokenizer = _from_model(options, root)
+    tokenizer.save_pretrained(folder)
+
+
+def open_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer that `make_tokenizer` wrote."""
+    return cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(folder, local_files_only=True))
+
+
+def end_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Id of the token that ends a document."""
+    return cast(int, tokenizer.eos_token_id)
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], answer_starts: Sequence[int]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Token ids (int64) and counted flags (bool) of each text, its end-of-text token included.
+
+    Args:
+        answer_starts: for each text the character at which counting begins; a token counts when it ends beyond it.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True  # a text that spells "<|endoftext|>" does not end there
+    end = end_id(tokenizer)
+    for begin in range(0, len(texts), _CHUNK):
+        encodings = backend.encode_batch(list(texts[begin : begin + _CHUNK]), add_special_tokens=False)
+        for encoding, start in zip(encodings, answer_starts[begin : begin + _CHUNK], strict=True):
+            yield np.asarray([*encoding.ids, end], np.int64), np.append(_ends(encoding, start), True)
+
+
+def _ends(encoding: Encoding, start: int) -> np.ndarray:
+    if start == 0:
+        return np.ones(len(encoding), bool)
+    return np.fromiter((end > start for _, end in encoding.offsets), bool, len(encoding))
+
+
+def _train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _wrap(tokenizer: Tokenizer, end: str) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=end, bos_token=end, pad_token=end, clean_up_tokenization_spaces=False
+    )
+
+
+def _from_file(path: Path) -> PreTrainedTokenizerFast:
+    if not path.is_file():
+        raise DataError(f"[data.tokenizer] file: there is no {path}; mend the path or [data] root")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise DataError(f"{path}: not a tokenizer.json ({error}); save one with Tokenizer.save(...)") from error
+    end = next((token for token in _KNOWN_ENDS if tokenizer.token_to_id(token) is not None), END_OF_TEXT)
+    return _wrap(tokenizer, end)
+
+
+def _from_model(options: TokenizerOptions, root: Path) -> PreTrainedTokenizerFast:
+    key, name = ("folder", str(root / options.folder)) if options.folder is not None else ("hub", str(options.hub))
+    if options.folder is not None and not (root / options.folder).is_dir():
+        raise DataError(f"[data.tokenizer] folder: there is no {name}; mend the path or [data] root")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(
+            f'[data.tokenizer] {key} = "{name}": {reason}; check the name, or where there is a network run '
+            'AutoTokenizer.from_pretrained(...).save_pretrained("FOLDER") and give folder = "FOLDER"'
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise DataError(
+            f'[data.tokenizer] {key} = "{name}": is not of the tokenizers library, so it knows no offsets; '
+            "use a model that has a tokenizer.json"
+        )
+    if tokenizer.eos_token is None:
+        tokenizer.add_special_tokens({"eos_token": END_OF_TEXT})
+    tokenizer.pad_token = tokenizer.eos_token  # its id must lie within every model's embedding
+    return tokenizer
