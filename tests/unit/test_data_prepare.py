@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from deepfusion.data.options import CorpusSource, DataOptions, TokenizerOptions
-from deepfusion.data.prepare import corpus_from_texts, load_prepared, prepare, tokenise
+from deepfusion.data.prepare import corpus_from_source, corpus_from_texts, load_prepared, prepare, tokenise
 from deepfusion.data.sources import Document
 from deepfusion.data.tokenizer import make_tokenizer
 from deepfusion.errors import DataError
@@ -109,6 +109,24 @@ def test_a_text_that_spells_the_end_of_text_does_not_end_there(root: Path, tmp_p
     assert corpus.document(1)[0].tolist() == [0]
     assert list(corpus.texts()) == ["a <|endoftext|> b", ""]
     assert corpus.domains == ("d",)
+
+
+def test_files_named_later_are_tokenised_like_those_of_the_run(root: Path, tmp_path: Path):
+    prepare(_options(root), tmp_path / "out")
+    row = _options(root).corpora[0]
+    prepared = load_prepared(tmp_path / "out").private
+    named = corpus_from_source(row, "private", tmp_path / "out" / "tokenizer", root=root)
+    assert np.array_equal(named.token_ids, prepared.token_ids)
+    assert np.array_equal(named.counted, prepared.counted)
+    assert named.domains == ("qa",)
+
+
+def test_a_folder_without_an_end_of_text_token_is_refused(root: Path, tmp_path: Path):
+    prepare(_options(root), tmp_path / "out")
+    bare = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "out" / "tokenizer" / "tokenizer.json"))
+    bare.save_pretrained(tmp_path / "bare")
+    with pytest.raises(DataError, match="names no eos_token"):
+        corpus_from_texts(["a"], "d", tmp_path / "bare")
 
 
 def test_views_and_domains_agree_with_the_documents(root: Path, tmp_path: Path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deepfusion.data.options import SPLITS, DataOptions
+from deepfusion.data.options import SPLITS, CorpusSource, DataOptions, Split
 from deepfusion.data.sources import Document, first_by_hash, read_documents
 from deepfusion.data.tokenizer import encode, end_id, make_tokenizer, open_tokenizer
 from deepfusion.errors import DataError
@@ -100,6 +100,18 @@ def tokenise(
 def corpus_from_texts(texts: Sequence[str], domain: str, tokenizer_folder: Path) -> Corpus:
     """Plain texts of one domain as a corpus in memory; every token is counted."""
     return tokenise([Document(domain, None, text) for text in texts], (domain,), tokenizer_folder)
+
+
+def corpus_from_source(
+    source: CorpusSource, split: Split, tokenizer_folder: Path, *, root: Path = Path(), counted: str = "answer"
+) -> Corpus:
+    """One split of one [[data.corpora]] row as a corpus in memory, e.g. files that a device names itself.
+
+    Raises:
+        DataError: the text or the tokenizer cannot be read.
+    """
+    documents = read_documents(source, split, root)
+    return tokenise(documents, (source.domain,), tokenizer_folder, counted=counted)
 
 
 def write_corpus(corpus: Corpus, folder: Path) -> None:

@@ -40,8 +40,17 @@ def make_tokenizer(options: TokenizerOptions, texts: Iterable[str], root: Path, 
 
 
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer that `make_tokenizer` wrote."""
-    return cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(folder, local_files_only=True))
+    """The tokenizer of a model folder, or the one that `make_tokenizer` wrote.
+
+    Raises:
+        DataError: there is none, it knows no offsets, or it has no end-of-text token.
+    """
+    tokenizer = _open(str(folder), f"tokenizer {folder}")
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"tokenizer {folder}: names no eos_token to end documents with; add it to tokenizer_config.json"
+        )
+    return tokenizer
 
 
 def end_id(tokenizer: PreTrainedTokenizerFast) -> int:
@@ -109,20 +118,24 @@ def _from_model(options: TokenizerOptions, root: Path) -> PreTrainedTokenizerFas
     key, name = ("folder", str(root / options.folder)) if options.folder is not None else ("hub", str(options.hub))
     if options.folder is not None and not (root / options.folder).is_dir():
         raise DataError(f"[data.tokenizer] folder: there is no {name}; mend the path or [data] root")
+    tokenizer = _open(name, f'[data.tokenizer] {key} = "{name}"')
+    if tokenizer.eos_token is None:
+        tokenizer.add_special_tokens({"eos_token": END_OF_TEXT})
+    tokenizer.pad_token = tokenizer.eos_token  # its id must lie within every model's embedding
+    return tokenizer
+
+
+def _open(name: str, place: str) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(
-            f'[data.tokenizer] {key} = "{name}": {reason}; check the name, or where there is a network run '
-            'AutoTokenizer.from_pretrained(...).save_pretrained("FOLDER") and give folder = "FOLDER"'
+            f"{place}: {reason}; check the name, or where there is a network run "
+            'AutoTokenizer.from_pretrained(...).save_pretrained("FOLDER") and name the folder'
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise DataError(
-            f'[data.tokenizer] {key} = "{name}": is not of the tokenizers library, so it knows no offsets; '
-            "use a model that has a tokenizer.json"
+            f"{place}: is not of the tokenizers library, so it knows no offsets; use a model that has a tokenizer.json"
         )
-    if tokenizer.eos_token is None:
-        tokenizer.add_special_tokens({"eos_token": END_OF_TEXT})
-    tokenizer.pad_token = tokenizer.eos_token  # its id must lie within every model's embedding
     return tokenizer
