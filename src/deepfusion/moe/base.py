@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a Mixture-of-Experts family is: a table of parameter names, and how one expert is a dense model's FFN.
+
+The base model of a family ("student", DeepFusion section IV) has the target's depth, width, attention, vocabulary and
+shared expert, and exactly one routed expert. Its state dict splits into what all domains share and what becomes an
+expert (eq. 12, 13); `join` is the inverse. Names are those in memory: `experts.gate_up_proj` is (E, 2I, H), gate first,
+`experts.down_proj` (E, H, I), the router's weight (E, H). `save_pretrained` and `from_pretrained` translate to the disk.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from deepfusion.errors import ModelError
+from deepfusion.types import State
+
+EXPERT = re.compile(r"\.mlp\.experts\.(gate_up_proj|down_proj)$")
+ROUTER = re.compile(r"\.mlp\.gate\.weight$")
+DENSE = re.compile(r"\.mlp\.(gate|up|down)_proj\.weight$")
+LAYER = re.compile(r"\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One Mixture-of-Experts architecture of transformers.
+
+    Attributes:
+        model_type: its Hugging Face model type, and its name in this project.
+        num_experts_key: configuration key of the number of routed experts E.
+        student: "single" trains a MoE of one expert; "dense" trains plain MLPs, of which the first I neurons become the
+            routed expert and the others the shared one (for families that cannot be built with one expert).
+        scores: how the router makes weights out of logits.
+        normalised: whether the chosen experts' weights sum to 1. Where they do not, K equal experts equal their base
+            only up to the routed scaling factor, which is calibrated instead (docs/decisions).
+    """
+
+    model_type: str
+    num_experts_key: str
+    student: Literal["single", "dense"]
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    normalised: bool = True
+
+    # ------------------------------------------------------------------ configurations
+
+    def num_experts(self, config: PreTrainedConfig) -> int:
+        """E."""
+        return int(getattr(config, self.num_experts_key))
+
+    def moe_layers(self, config: PreTrainedConfig) -> tuple[int, ...]:
+        """Indices (from 0) of the layers that have experts."""
+        depth = int(config.num_hidden_layers)
+        if hasattr(config, "first_k_dense_replace"):
+            return tuple(range(int(config.first_k_dense_replace), depth))
+        sparse_step, plain = (
+            int(getattr(config, "decoder_sparse_step", 1)),
+            getattr(config, "mlp_only_layers", None) or (),
+        )
+        return tuple(layer for layer in range(depth) if layer not in plain and (layer + 1) % sparse_step == 0)
+
+    def ready_target(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """A copy of the target's configuration with what an exact merge needs (normalised weights, no built-in loss).
+
+        Raises:
+            ModelError: fewer experts than are used for a token, or no layer with experts.
+        """
+        target = type(config).from_dict(config.to_dict())
+        target.norm_topk_prob = True
+        target.output_router_logits = False
+        experts, top = self.num_experts(target), int(target.num_experts_per_tok)
+        if not 1 <= top <= experts:
+            raise ModelError(
+                f"[target] num_experts_per_tok = {top}: not between 1 and {self.num_experts_key} = {experts}; change one of them"
+            )
+        if not self.moe_layers(target):
+            raise ModelError("[target] no layer has experts; lower first_k_dense_replace or decoder_sparse_step")
+        return target
+
+    def student_config(self, target: PreTrainedConfig, *, slices: int = 1) -> PreTrainedConfig:
+        """Configuration of the base model: the target with one routed expert of `slices` times an expert's width.
+
+        Raises:
+            ModelError: the family needs a dense student, and the target's dense layers have another width.
+        """
+        values = target.to_dict()
+        width = int(target.moe_intermediate_size)
+        if self.student == "single":
+            values |= {self.num_experts_key: 1, "num_experts_per_tok": 1, "moe_intermediate_size": slices * width}
+            if "n_shared_experts" in values:  # their width is counted in experts
+                values["n_shared_experts"] = self._shared_experts(target, slices)
+            if not self.normalised:
+                values["routed_scaling_factor"] = 1.0
+            return type(target).from_dict(values)
+        dense = width * (slices + int(target.n_shared_experts))
+        if int(target.first_k_dense_replace) > 0 and int(target.intermediate_size) != dense:
+            raise ModelError(
+                f"[target] intermediate_size = {target.intermediate_size}: a {self.model_type} student is dense with one width "
+                f"for all layers, here {dense}; set intermediate_size = {dense} or first_k_dense_replace = 0"
+            )
+        values |= {"first_k_dense_replace": int(target.num_hidden_layers), "intermediate_size": dense}
+        return type(target).from_dict(values)
+
+    def _shared_experts(self, target: PreTrainedConfig, slices: int) -> int:
+        count = int(target.n_shared_experts)
+        if count % slices:
+            raise ModelError(
+                f'[merge] fill = "split": a {self.model_type} student {slices} experts wide cannot hold '
+                f'n_shared_experts = {count}; use fill = "replicate", or a multiple of {slices} shared experts'
+            )
+        return count // slices
+
+    # ------------------------------------------------------------------ student <-> shared + expert
+
+    def split(
+        self, student: Mapping[str, torch.Tensor], target: PreTrainedConfig, *, slices: int = 1
+    ) -> tuple[State, State]:
+        """A student's tensors as (what all domains share, what becomes the domain's expert), under the same names.
+
+        The single expert's router is in neither: its softmax over one expert is 1 whatever its weight.
+        """
+        shared: State = {}
+        expert: State = {}
+        width, layers = slices * int(target.moe_intermediate_size), self.moe_layers(target)
+        for name, tensor in student.items():
+            if self.student == "single":
+                if not ROUTER.search(name):
+                    (expert if EXPERT.search(name) else shared)[name] = tensor
+            elif (kind := DENSE.search(name)) and _layer(name) in layers:
+                axis = 1 if kind[1] == "down" else 0
+                expert[name], shared[name] = tensor.tensor_split([width], dim=axis)
+            else:
+                shared[name] = tensor
+        return shared, expert
+
+    def join(self, shared: Mapping[str, torch.Tensor], expert: Mapping[str, torch.Tensor]) -> State:
+        """The student's tensors: inverse of `split` (but for the router of one expert). Gradients flow to both parts."""
+        student = dict(shared)
+        for name, tensor in expert.items():
+            if name in shared:
+                axis = 1 if (kind := DENSE.search(name)) and kind[1] == "down" else 0
+                student[name] = torch.cat([tensor, shared[name]], dim=axis)
+            else:
+                student[name] = tensor
+        return student
+
+    def expert_matrices(self, expert: Mapping[str, torch.Tensor], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """One layer of an expert as the MoE holds it: gate and up (2I, H), down (H, I)."""
+        prefix = f"model.layers.{layer}.mlp."
+        if self.student == "single":
+            return expert[prefix + "experts.gate_up_proj"][0], expert[prefix + "experts.down_proj"][0]
+        gate, up = expert[prefix + "gate_proj.weight"], expert[prefix + "up_proj.weight"]
+        return torch.cat([gate, up]), expert[prefix + "down_proj.weight"]
+
+    # ------------------------------------------------------------------ the merged model
+
+    def merged_state(
+        self,
+        shared: Mapping[str, torch.Tensor],
+        experts: Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]],
+        router: Sequence[torch.Tensor],
+        target: PreTrainedConfig,
+    ) -> State:
+        """The target's state dict.
+
+        Args:
+            shared: the shared tensors, under the student's names.
+            experts: for each MoE layer, E pairs of matrices (`expert_matrices`).
+            router: for each MoE layer, the router's weight (E, H).
+        """
+        layers = self.moe_layers(target)
+        state: State = {}
+        for name, tensor in shared.items():
+            inner = DENSE.search(name) is not None and _layer(name) in layers and self.student == "dense"
+            state[name.replace(".mlp.", ".mlp.shared_experts.") if inner else name] = tensor
+        scale = (
+            float(target.routed_scaling_factor) if self.normalised and hasattr(target, "routed_scaling_factor") else 1.0
+        )
+        for layer, pairs, weight in zip(layers, experts, router, strict=True):
+            prefix = f"model.layers.{layer}.mlp."
+            state[prefix + "experts.gate_up_proj"] = torch.stack([gate_up for gate_up, _ in pairs])
+            state[prefix + "experts.down_proj"] = torch.stack([down for _, down in pairs]) / scale
+            state[prefix + "gate.weight"] = weight
+            if self.scores == "sigmoid":
+                state[prefix + "gate.e_score_correction_bias"] = torch.zeros(len(pairs))
+        return state
+
+    def probabilities(self, logits_TE: torch.Tensor) -> torch.Tensor:
+        """Router logits as one distribution over the experts for each token."""
+        if self.scores == "softmax":
+            return logits_TE.softmax(-1)
+        score_TE = logits_TE.sigmoid()
+        return score_TE / score_TE.sum(-1, keepdim=True)
+
+    def sure_weight(self, config: PreTrainedConfig) -> float:
+        """Weight that makes the expert's contribution that of its student."""
+        return float(getattr(config, "routed_scaling_factor", 1.0)) if self.normalised else 1.0
+
+
+def _layer(name: str) -> int:
+    found = LAYER.search(name)
+    return int(found[1]) if found else -1
+
+
+def routers(model: PreTrainedModel) -> list[nn.Module]:
+    """The router of each MoE layer, first to last."""
+    return [m for name, m in model.named_modules() if name.endswith(".mlp.gate") and hasattr(m, "top_k")]
+
+
+def expert_parameters(model: PreTrainedModel) -> list[str]:
+    """Names of the routed experts' parameters."""
+    return [name for name, _ in model.named_parameters() if EXPERT.search(name)]
+
+
+@contextmanager
+def router_logits(model: PreTrainedModel) -> Generator[list[torch.Tensor]]:
+    """Within it, a forward pass appends each MoE layer's router logits (B*T, E), in order, to the list; with gradient."""
+    seen: list[torch.Tensor] = []
+    with _router_hooks(model, lambda _module, _inputs, output: seen.append(output[0])):
+        yield seen
+
+
+@contextmanager
+def router_inputs(model: PreTrainedModel) -> Generator[list[torch.Tensor]]:
+    """Within it, a forward pass appends each MoE layer's router input (B*T, H), in order, to the list."""
+    seen: list[torch.Tensor] = []
+    with _router_hooks(model, lambda _m, inputs, _out: seen.append(inputs[0].reshape(-1, inputs[0].shape[-1]))):
+        yield seen
+
+
+@contextmanager
+def force_expert(model: PreTrainedModel, family: Family, index: int) -> Generator[None]:
+    """Within it, every token goes to expert `index` alone, with the weight that makes it that expert's student."""
+
+    def replace(_module: nn.Module, _inputs: Any, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        logits, weights_Tk, chosen_Tk = output
+        order = torch.arange(chosen_Tk.shape[1], device=chosen_Tk.device)
+        others_k = (index + order) % family.num_experts(model.config)
+        sure_k = torch.where(order == 0, family.sure_weight(model.config), 0.0).to(weights_Tk.dtype)
+        return logits, sure_k.expand_as(weights_Tk), others_k.expand_as(chosen_Tk)
+
+    with _router_hooks(model, replace):
+        yield
+
+
+@contextmanager
+def _router_hooks(model: PreTrainedModel, hook: Any) -> Generator[None]:
+    handles = [router.register_forward_hook(hook) for router in routers(model)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen2-MoE (Qwen1.5-MoE-A2.7B): softmax router, weights renormalised over the chosen experts, a gated shared expert."""
+
+from deepfusion.moe.base import Family
+
+QWEN2_MOE = Family(model_type="qwen2_moe", num_experts_key="num_experts", student="single")
