@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token losses: cross-entropy and KL to teachers in one fused pass (DeepFusion, eq. 2, 10, 11), and the MoE balance loss.
+
+The gradient with respect to the student's logits is made in the forward pass, chunk by chunk over the token positions:
+each chunk's softmax is used while it is in the cache, and nothing of size B*T*V is kept but that gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch.nn.functional import log_softmax
+
+from deepfusion.types import Batch
+
+CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
+"""Logits that one chunk holds: about a core's cache on a CPU; on a GPU enough to hide the launch of its kernels."""
+
+
+class TeacherLogits(NamedTuple):
+    """One teacher's prediction of the student's next tokens.
+
+    Attributes:
+        logits_BTV: over the student's vocabulary, at the student's positions; no gradient flows into it.
+        weight: factor of its KL in the loss: beta * omega in eq. (11).
+        matched_BT: bool, positions at which it speaks (all that hold a token, when the tokenizer is shared).
+    """
+
+    logits_BTV: torch.Tensor
+    weight: float
+    matched_BT: torch.Tensor
+
+
+class TokenLosses(NamedTuple):
+    """The parts of `next_token_losses`, for logs: scalars without gradient.
+
+    Attributes:
+        cross_entropy: mean over counted positions, in nats; 0 without one.
+        divergence: tau^2 * KL(teacher || student), mean over matched positions; the teachers' mean by weight.
+    """
+
+    cross_entropy: torch.Tensor
+    divergence: torch.Tensor
+
+
+def next_token_losses(
+    student_logits_BTV: torch.Tensor, teachers: Sequence[TeacherLogits], batch: Batch, temperature: float
+) -> tuple[torch.Tensor, TokenLosses]:
+    """Cross-entropy plus the weighted KL to every teacher, in one pass; and both parts for the log.
+
+    Position t predicts token t+1. Cross-entropy is the mean over the positions whose next token is counted and valid
+    (eq. 2); the KL of a teacher is tau^2 * mean KL(softmax(z_T / tau) || softmax(z_S / tau)) over the positions that it
+    matches (eq. 10). A mean over no position is 0 with zero gradient.
+
+    Args:
+        student_logits_BTV: any floating type; the arithmetic is done in float32 at least.
+        teachers: may be empty: then the loss is the cross-entropy.
+        temperature: tau > 0.
+
+    Returns:
+        loss = cross-entropy + sum of weight * KL, differentiable once; and its parts.
+    """
+    counted_BT = torch.zeros_like(batch.counted_BT)
+    counted_BT[:, :-1] = batch.counted_BT[:, 1:] & batch.valid_BT[:, 1:]
+    target_BT = batch.input_ids_BT.roll(-1, dims=1)
+    mean_R = _mean_weights(counted_BT)
+    kl_weights = [teacher.weight * _mean_weights(teacher.matched_BT) for teacher in teachers]
+    used_R = counted_BT.flatten()
+    for teacher in teachers:
+        used_R = used_R | teacher.matched_BT.flatten()
+    row_Q = used_R.nonzero().squeeze(-1)
+    vocabulary = student_logits_BTV.shape[-1]
+    arguments: list[Any] = [student_logits_BTV.reshape(-1, vocabulary), row_Q, target_BT.flatten(), mean_R, temperature]
+    for teacher, weight_R in zip(teachers, kl_weights, strict=True):
+        arguments += [teacher.logits_BTV.detach().reshape(-1, vocabulary), weight_R]
+    loss, cross_entropy, divergence = cast(tuple[torch.Tensor, ...], _FusedTokenLoss.apply(*arguments))
+    total_weight = sum(teacher.weight for teacher in teachers)
+    return loss, TokenLosses(cross_entropy, divergence / total_weight if total_weight else divergence)
+
+
+def balance_loss(probabilities: Sequence[torch.Tensor], top_k: int, valid_BT: torch.Tensor) -> torch.Tensor:
+    """E * sum_i f_i * Pbar_i, averaged over the MoE layers: 1 under uniform routing, at most E (method, section 9).
+
+    Args:
+        probabilities: each MoE layer's routing probabilities, [B*T, E], rows summing to 1; gradients flow through them.
+        top_k: experts that a token is sent to.
+        valid_BT: bool, False on padding, which is left out.
+
+    Returns:
+        Scalar. f_i is the share of the assignments that went to expert i, Pbar_i its mean probability.
+    """
+    valid_R = valid_BT.flatten()
+    losses: list[torch.Tensor] = []
+    for probability_RE in probabilities:
+        kept_RE = probability_RE[valid_R]
+        chosen = kept_RE.topk(top_k, dim=-1).indices.flatten()
+        share_E = torch.bincount(chosen, minlength=kept_RE.shape[-1]).to(kept_RE.dtype) / max(1, chosen.numel())
+        losses.append(kept_RE.shape[-1] * (share_E * kept_RE.sum(0) / max(1, len(kept_RE))).sum())
+    return torch.stack(losses).mean()
+
+
+def _mean_weights(mask_BT: torch.Tensor) -> torch.Tensor:
+    """Weights that turn a sum over positions into the mean over `mask_BT`: all 0 for an empty mask."""
+    return mask_BT.flatten().double() / mask_BT.sum().clamp(min=1)
+
+
+class _FusedTokenLoss(torch.autograd.Function):
+    """(student_RV, row_Q, target_R, mean_R, tau, teacher_RV, weight_R, ...) -> loss, cross-entropy, weighted KL.
+
+    Only `row_Q` of the R positions are looked at. The last two outputs carry no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        student_RV, row_Q, target_R, mean_R, tau, *soft = arguments
+        teachers = list(zip(soft[::2], soft[1::2], strict=True))
+        dtype = torch.promote_types(student_RV.dtype, torch.float32)
+        sums = torch.zeros(2, dtype=torch.float64, device=student_RV.device)
+        wants_gradient = ctx.needs_input_grad[0]
+        gradient_RV = torch.zeros_like(student_RV) if wants_gradient else None
+        rows = max(1, CHUNK_ELEMENTS.get(student_RV.device.type, 1 << 22) // student_RV.shape[-1])
+        for row_C in row_Q.split(rows):
+            logp_CV = log_softmax(student_RV.index_select(0, row_C).to(dtype), dim=-1)
+            target_C1, mean_C1 = target_R[row_C, None], mean_R[row_C, None].to(dtype)
+            sums[0] -= (logp_CV.gather(1, target_C1) * mean_C1).sum()
+            soft_logp_CV = (
+                logp_CV if tau == 1 else log_softmax(student_RV.index_select(0, row_C).to(dtype) / tau, dim=-1)
+            )
+            total_C1 = torch.zeros_like(mean_C1)
+            pull_CV: torch.Tensor | None = None
+            for teacher_RV, weight_R in teachers:
+                weight_C1 = weight_R[row_C, None].to(dtype)
+                logq_CV = log_softmax(teacher_RV.index_select(0, row_C).to(dtype) / tau, dim=-1)
+                q_CV = logq_CV.exp()
+                kl_C = logq_CV.sub_(soft_logp_CV).mul_(q_CV).sum(-1)
+                sums[1] += tau**2 * torch.dot(kl_C, weight_C1[:, 0])
+                total_C1 += weight_C1
+                pull_CV = q_CV.mul_(weight_C1) if pull_CV is None else pull_CV.addcmul_(q_CV, weight_C1)
+            if gradient_RV is None:
+                continue
+            # d/dz of tau^2 KL is tau (softmax(z/tau) - q); d/dz of the cross-entropy is softmax(z) - onehot(target)
+            if tau == 1:
+                step_CV = logp_CV.exp_().mul_(mean_C1 + total_C1)
+            else:
+                step_CV = logp_CV.exp_().mul_(mean_C1).addcmul_(soft_logp_CV.exp_(), tau * total_C1)
+            if pull_CV is not None:
+                step_CV.sub_(pull_CV, alpha=tau)
+            step_CV.scatter_add_(1, target_C1, -mean_C1)
+            gradient_RV.index_copy_(0, row_C, step_CV.to(student_RV.dtype))
+        ctx.gradient_RV = gradient_RV
+        cross_entropy, divergence = sums.to(dtype).unbind()
+        loss = cross_entropy + divergence
+        ctx.mark_non_differentiable(cross_entropy, divergence)
+        return loss, cross_entropy, divergence
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ctx.gradient_RV * gradients[0], *[None] * (len(ctx.needs_input_grad) - 1)

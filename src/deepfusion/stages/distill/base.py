@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a distillation rule is, and the options that all rules share (DeepFusion, phase II, eq. 9 to 11).
+
+A rule says how a teacher's hidden states teach the student beside its next-token distribution: for each teacher it
+makes an adapter, a small network that is trained along with the student and thrown away afterwards.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from deepfusion.registry import Registry
+from deepfusion.training import Optimisation
+from deepfusion.types import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillOptions:
+    """[distillation]: how long phase II lasts, what its loss weighs, and how it is optimised.
+
+    The loss of a domain is CE + sum over its teachers of omega (alpha L_features + beta L_KL), eq. (11).
+
+    Attributes:
+        steps: optimiser steps; the joint recipe reads one batch of every domain in each.
+        alpha: weight of the rule's feature loss; 0 switches it off.
+        beta: weight of the KL to the teachers' next-token distributions; 0 switches it off.
+        temperature: tau of that KL.
+        align: "same" asks for teachers with the student's vocabulary; "none" compares no vocabularies and leaves the
+            KL out, the teachers must still be able to read the student's token ids.
+        text: public text for domain i is drawn by its closeness to the domain ("domain") or evenly ("uniform").
+        optimisation: [distillation.optimisation]
+    """
+
+    steps: int = 400
+    alpha: float = 1.0
+    beta: float = 1.0
+    temperature: float = 1.0
+    align: Literal["same", "none"] = "same"
+    text: Literal["domain", "uniform"] = "domain"
+    optimisation: Optimisation = field(default_factory=Optimisation)
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with the values, and the cure."""
+        if self.steps < 1:
+            yield f"steps = {self.steps}: must be at least 1; give the number of optimiser steps"
+        for name, value in (("alpha", self.alpha), ("beta", self.beta)):
+            if not 0 <= value < float("inf"):
+                yield f"{name} = {value}: must be finite and not negative; use 0 to switch this loss off"
+        if not 0 < self.temperature < float("inf"):
+            yield f"temperature = {self.temperature}: must be finite and above 0; 1 leaves the logits as they are"
+
+
+class Adapter(nn.Module, ABC):
+    """Compares one teacher's hidden states with the student's. Trained with the student, never part of it.
+
+    Attributes:
+        student_taps: 1-based numbers of the student's blocks whose output it reads.
+        teacher_taps: those of the teacher.
+    """
+
+    student_taps: tuple[int, ...]
+    teacher_taps: tuple[int, ...]
+
+    @abstractmethod
+    def forward(
+        self,
+        student_hidden: Sequence[torch.Tensor],
+        teacher_hidden: Sequence[torch.Tensor],
+        student_valid_BT: torch.Tensor,
+        teacher_valid_BT: torch.Tensor,
+    ) -> torch.Tensor:
+        """The feature loss, a scalar.
+
+        Args:
+            student_hidden: hidden_BTH after each of `student_taps`.
+            teacher_hidden: hidden_BTH after each of `teacher_taps`, without gradient.
+        """
+
+
+class Rule(Protocol):
+    """A distillation rule: a frozen, registered dataclass whose fields are its TOML options."""
+
+    def attach(
+        self, student: PreTrainedConfig, teacher: PreTrainedConfig, *, sequence_length: int, seed: int
+    ) -> Adapter | None:
+        """A fresh adapter for one teacher, or None when the rule compares no hidden states.
+
+        Its weights depend on `seed` alone, and no other random stream is disturbed.
+
+        Raises:
+            ConfigError: the options do not fit these two models.
+        """
+        ...
+
+
+class Text(Protocol):
+    """An endless stream of training rows, a pure function of the step."""
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a row."""
+        ...
+
+    def batch(self, step: int, batch_size: int) -> Batch:
+        """Rows `step * batch_size` and following."""
+        ...
+
+
+rules: Registry[Rule] = Registry("distill")

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused token loss against its formula, and the balance loss against its bounds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy, log_softmax
+
+from deepfusion import losses
+from deepfusion.losses import TeacherLogits, balance_loss, next_token_losses
+from deepfusion.types import Batch
+
+B, T, V = 3, 7, 11
+
+
+def batch_of(seed: int = 0, *, padded: bool = True, counted: bool | None = None) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    valid_BT = torch.ones(B, T, dtype=torch.bool)
+    if padded:
+        valid_BT[1, 4:] = False
+        valid_BT[2, 1:] = False
+    flags_BT = torch.rand(B, T, generator=generator) < 0.6 if counted is None else torch.full((B, T), counted)
+    return Batch(torch.randint(0, V, (B, T), generator=generator), flags_BT, valid_BT)
+
+
+def logits(seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(B, T, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype) * 2
+
+
+def plain_formula(
+    student_BTV: torch.Tensor, teachers: list[TeacherLogits], batch: Batch, tau: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Equations (2) and (10) written out, position by position."""
+    counted_BT = batch.counted_BT[:, 1:] & batch.valid_BT[:, 1:]
+    student_RV, target_R = student_BTV[:, :-1][counted_BT], batch.input_ids_BT[:, 1:][counted_BT]
+    ce = cross_entropy(student_RV, target_R) if len(target_R) else student_BTV.sum() * 0
+    kl = student_BTV.sum() * 0
+    for teacher in teachers:
+        p_RV = (teacher.logits_BTV / tau).softmax(-1)[teacher.matched_BT]
+        logq_RV = log_softmax(student_BTV / tau, -1)[teacher.matched_BT]
+        if len(p_RV):
+            kl = kl + teacher.weight * tau**2 * (p_RV * (p_RV.log() - logq_RV)).sum(-1).mean()
+    return ce, kl
+
+
+@pytest.mark.parametrize("tau", [1.0, 2.5])
+@pytest.mark.parametrize("weights", [(), (1.0,), (0.3, 0.7, 0.5)])
+def test_value_and_gradient_agree_with_the_plain_formula(
+    tau: float, weights: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", 4 * V)  # four positions a chunk
+    batch = batch_of()
+    teachers = [TeacherLogits(logits(10 + i), w, batch.valid_BT) for i, w in enumerate(weights)]
+    student = logits(1).requires_grad_()
+    loss, parts = next_token_losses(student, teachers, batch, tau)
+    (gradient,) = torch.autograd.grad(loss, student)
+    ce, kl = plain_formula(student, teachers, batch, tau)
+    (expected,) = torch.autograd.grad(ce + kl, student)
+    torch.testing.assert_close(loss, ce + kl, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(parts.cross_entropy, ce)
+    if weights:
+        torch.testing.assert_close(parts.divergence, kl / sum(weights))
+
+
+def test_gradient_passes_gradcheck_in_double_precision() -> None:
+    batch = batch_of()
+    teachers = [TeacherLogits(logits(5), 0.4, batch.valid_BT), TeacherLogits(logits(6), 0.9, batch.valid_BT)]
+    student = logits(2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: next_token_losses(z, teachers, batch, 1.7)[0], (student,), atol=1e-6)
+
+
+def test_chunk_size_does_not_change_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, student = batch_of(), logits(1, torch.float32).requires_grad_()
+    gradients = []
+    for rows in (1, 3, 1000):
+        monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", rows * V)
+        loss, _ = next_token_losses(student, [TeacherLogits(logits(9), 1.0, batch.valid_BT)], batch, 1.0)
+        gradients.append(torch.autograd.grad(loss, student)[0])
+    assert torch.equal(gradients[0], gradients[1])
+    assert torch.equal(gradients[0], gradients[2])
+
+
+def test_no_counted_token_gives_zero_loss_and_zero_gradient() -> None:
+    student = logits(3).requires_grad_()
+    loss, parts = next_token_losses(student, [], batch_of(counted=False), 1.0)
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert float(loss.detach()) == 0
+    assert float(parts.cross_entropy) == 0
+    assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_a_teacher_that_matches_nowhere_changes_nothing() -> None:
+    batch, student = batch_of(), logits(3).requires_grad_()
+    silent = TeacherLogits(logits(4), 1.0, torch.zeros(B, T, dtype=torch.bool))
+    with_teacher = torch.autograd.grad(next_token_losses(student, [silent], batch, 1.0)[0], student)[0]
+    alone = torch.autograd.grad(next_token_losses(student, [], batch, 1.0)[0], student)[0]
+    assert torch.equal(with_teacher, alone)
+
+
+def test_identical_teacher_and_student_give_zero_divergence_and_zero_gradient() -> None:
+    batch, student = batch_of(counted=False), logits(3, torch.float32).requires_grad_()
+    loss, parts = next_token_losses(student, [TeacherLogits(student.detach(), 1.0, batch.valid_BT)], batch, 2.0)
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert float(parts.divergence) == 0
+    assert float(gradient.abs().max()) < 1e-7
+
+
+def test_a_constant_on_all_teacher_logits_changes_nothing() -> None:
+    batch, student = batch_of(), logits(3, torch.float32).requires_grad_()
+
+    def gradient(offset: float) -> torch.Tensor:
+        teacher = TeacherLogits(logits(8, torch.float32) + offset, 1.0, batch.valid_BT)
+        return torch.autograd.grad(next_token_losses(student, [teacher], batch, 1.0)[0], student)[0]
+
+    torch.testing.assert_close(gradient(100.0), gradient(0.0), rtol=1e-4, atol=1e-6)
+
+
+@given(seed=st.integers(0, 10_000), tau=st.floats(0.2, 8), scale=st.floats(0.01, 30))
+@settings(max_examples=40, deadline=None)
+def test_divergence_is_never_negative(seed: int, tau: float, scale: float) -> None:
+    batch = batch_of(seed)
+    teacher = TeacherLogits(logits(seed, torch.float32) * scale, 1.0, batch.valid_BT)
+    _, parts = next_token_losses(logits(seed + 1, torch.float32), [teacher], batch, tau)
+    assert float(parts.divergence) >= 0
+
+
+def test_what_padding_holds_never_changes_the_loss_or_the_gradient() -> None:
+    clean = batch_of()
+    student = logits(1).requires_grad_()
+    noise = torch.where(clean.valid_BT[..., None], 0.0, logits(77))
+    dirty = Batch(torch.where(clean.valid_BT, clean.input_ids_BT, 7), clean.counted_BT, clean.valid_BT)
+
+    def run(batch: Batch, extra: torch.Tensor | float) -> torch.Tensor:
+        teacher = TeacherLogits(logits(2) + extra, 1.0, batch.valid_BT)
+        return torch.autograd.grad(next_token_losses(student + extra, [teacher], batch, 1.0)[0], student)[0]
+
+    assert torch.equal(run(clean, 0.0), run(dirty, noise))
+
+
+def test_half_precision_logits_get_their_gradient_in_their_own_type() -> None:
+    batch, student = batch_of(), logits(1, torch.bfloat16).requires_grad_()
+    loss, _ = next_token_losses(student, [TeacherLogits(logits(2, torch.bfloat16), 1.0, batch.valid_BT)], batch, 1.0)
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert loss.dtype == torch.float32
+    assert gradient.dtype == torch.bfloat16
+    assert float(gradient.float().abs().max()) > 0
+
+
+def test_balance_loss_is_one_under_uniform_routing() -> None:
+    cyclic_RE = torch.eye(4).repeat(6, 1) * 1e-4 + 0.25  # all but uniform, the choices take turns
+    valid_BT = torch.ones(4, 6, dtype=torch.bool)
+    assert float(balance_loss([cyclic_RE / cyclic_RE.sum(-1, keepdim=True)] * 3, 1, valid_BT)) == pytest.approx(
+        1, abs=1e-4
+    )
+
+
+def test_balance_loss_is_the_number_of_experts_when_one_expert_takes_all() -> None:
+    valid_BT = torch.ones(4, 6, dtype=torch.bool)
+    collapsed_RE = torch.eye(5)[torch.zeros(24, dtype=torch.long)]
+    assert float(balance_loss([collapsed_RE], 1, valid_BT)) == pytest.approx(5)
+
+
+@given(seed=st.integers(0, 10_000), top_k=st.integers(1, 5), sharp=st.floats(0.1, 50))
+@settings(max_examples=40, deadline=None)
+def test_balance_loss_stays_between_zero_and_the_number_of_experts(seed: int, top_k: int, sharp: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    probability_RE = (torch.randn(B * T, 5, generator=generator) * sharp).softmax(-1)
+    assert 0 < float(balance_loss([probability_RE], top_k, batch_of().valid_BT)) <= 5 + 1e-4
+
+
+def test_balance_loss_ignores_padding_and_has_a_gradient() -> None:
+    valid_BT = batch_of().valid_BT
+    raw_RE = torch.randn(B * T, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    loss = balance_loss([raw_RE.softmax(-1)], 2, valid_BT)
+    (gradient,) = torch.autograd.grad(loss, raw_RE)
+    moved_RE = torch.where(valid_BT.flatten()[:, None], raw_RE, raw_RE.flip(-1) * 3)
+    assert torch.equal(balance_loss([moved_RE.softmax(-1)], 2, valid_BT), loss)
+    assert float(gradient[valid_BT.flatten()].abs().max()) > 0
+    assert float(gradient[~valid_BT.flatten()].abs().max()) == 0
