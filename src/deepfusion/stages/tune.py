@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Phase III, second half: tune the merged MoE on public text (DeepFusion, section IV; method, sections 9 and 10b).
+
+Each batch holds rows of all domains in turn, so that the balance loss asks for balance over the mixture of domains and
+does not push one domain's tokens to the experts of another.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from deepfusion.artifacts import write_atomic
+from deepfusion.devices.features import forward
+from deepfusion.devices.models import load, save
+from deepfusion.losses import TeacherLogits, balance_loss, next_token_losses
+from deepfusion.moe import Family
+from deepfusion.moe.base import expert_parameters, router_logits
+from deepfusion.training import Checkpoint, Optimisation, accelerator, derive_seed, fit
+from deepfusion.types import Batch, Progress, Proxy, silent
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneOptions:
+    """[tune]: how the merged model is tuned. The loss is CE + beta KL(teachers) + balance L_bal.
+
+    Attributes:
+        steps: optimiser steps; 0 leaves the merged model as it is.
+        beta: weight of the KL to the teachers of each row's domain; 0 is the paper's way.
+        temperature: tau of that KL.
+        balance: weight of the balance loss over the experts; 0 is the paper's way.
+        experts: "train" tunes the routed experts too, "freeze" leaves them as they were distilled (the paper's way).
+        expert_rate: factor on the learning rate of the routed experts.
+        optimisation: [tune.optimisation]
+    """
+
+    steps: int = 200
+    beta: float = 1.0
+    temperature: float = 1.0
+    balance: float = 0.01
+    experts: Literal["train", "freeze"] = "train"
+    expert_rate: float = 0.3
+    optimisation: Optimisation = field(default_factory=lambda: Optimisation(learning_rate=1e-4))
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with the values, and the cure."""
+        if self.steps < 0:
+            yield f"steps = {self.steps}: must not be negative; 0 leaves the merged model as it is"
+        for name, value in (("beta", self.beta), ("balance", self.balance)):
+            if not 0 <= value < float("inf"):
+                yield f"{name} = {value}: must be finite and not negative; use 0 to switch this loss off"
+        if not 0 < self.temperature < float("inf"):
+            yield f"temperature = {self.temperature}: must be finite and above 0; 1 leaves the logits as they are"
+        if not 0 < self.expert_rate < float("inf"):
+            yield f'expert_rate = {self.expert_rate}: must be finite and above 0; use experts = "freeze" to leave them'
+
+
+class Text(Protocol):
+    """An endless stream of training rows, a pure function of the step."""
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a row."""
+        ...
+
+    def batch(self, step: int, batch_size: int) -> Batch:
+        """Rows `step * batch_size` and following."""
+        ...
+
+
+def tune(
+    moe_folder: Path,
+    teachers: Sequence[Sequence[Proxy]],
+    texts: Sequence[Text],
+    *,
+    family: Family,
+    options: TuneOptions,
+    seed: int,
+    tokenizer_folder: Path,
+    scratch: Path | None = None,
+    progress: Progress = silent,
+    out: Path,
+) -> list[dict[str, float]]:
+    """Tune the merged model; with one text, no teachers and beta 0 it is plain training on that text.
+
+    Args:
+        moe_folder: the merged model.
+        teachers: each domain's proxies; empty lists where there are none.
+        texts: each domain's training text.
+        scratch: a folder for what is needed to go on after a crash, or None to keep none.
+        out: gets the tuned model, a Hugging Face folder, and its history as `history.json`.
+
+    Returns:
+        What `history.json` holds: a row for each step.
+    """
+    assert len(teachers) == len(texts), "one text for each domain"
+    optimisation = options.optimisation
+    compute = accelerator(optimisation.precision)
+    model = _on(compute.device, load(moe_folder)).train()
+    if optimisation.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    experts = set(expert_parameters(model))
+    if options.experts == "freeze":
+        for name in experts:
+            model.get_parameter(name).requires_grad_(False)
+    frozen = [
+        [(_on(compute.device, load(p.folder)).requires_grad_(False), p.weight) for p in domain if options.beta]
+        for domain in teachers
+    ]
+    history = fit(
+        {name: p for name, p in model.named_parameters() if p.requires_grad},
+        _step(model, frozen, texts, family, options),
+        steps=options.steps,
+        optimisation=optimisation,
+        seed=derive_seed(seed, "tune"),
+        rates=dict.fromkeys(experts, options.expert_rate),
+        label="tune",
+        tokens_per_step=optimisation.batch_size * optimisation.accumulate * texts[0].sequence_length,
+        progress=progress,
+        checkpoint=Checkpoint(scratch / "tune.safetensors") if scratch else None,
+    )
+    save(model, out, tokenizer_folder)
+    write_atomic(out / "history.json", json.dumps(history))
+    return history
+
+
+def domain_rows(texts: Sequence[Text], step: int, batch_size: int) -> tuple[Batch, list[slice]]:
+    """One batch of rows from all domains in turn, sorted by domain, and which rows are whose.
+
+    Row r of the endless stream of rows is row r // K of domain r mod K, so every domain's text is read in order and
+    equally often whatever the batch size.
+    """
+    stream = range(step * batch_size, (step + 1) * batch_size)
+    parts: list[Batch] = []
+    spans: list[slice] = []
+    for domain, text in enumerate(texts):
+        mine = [row // len(texts) for row in stream if row % len(texts) == domain]
+        begin = spans[-1].stop if spans else 0
+        spans.append(slice(begin, begin + len(mine)))
+        parts += [text.batch(row, 1) for row in mine]
+    batch = Batch(
+        torch.cat([part.input_ids_BT for part in parts]),
+        torch.cat([part.counted_BT for part in parts]),
+        torch.cat([part.valid_BT for part in parts]),
+    )
+    return batch, spans
+
+
+def _step(
+    model: PreTrainedModel,
+    teachers: Sequence[Sequence[tuple[PreTrainedModel, float]]],
+    texts: Sequence[Text],
+    family: Family,
+    options: TuneOptions,
+) -> Callable[[int], Mapping[str, float]]:
+    """The backward pass of one optimiser step."""
+    compute = accelerator(options.optimisation.precision)
+    size, parts = options.optimisation.batch_size, options.optimisation.accumulate
+
+    def backward(step: int) -> dict[str, float]:
+        sums: dict[str, torch.Tensor] = {}
+        for part in range(parts):
+            batch, spans = domain_rows(texts, step * parts + part, size)
+            with compute.autocast():
+                losses = tuning_losses(model, teachers, batch.to(compute.device), spans, family, options)
+            compute.backward(losses["loss"] / parts)
+            for key, value in losses.items():
+                sums[key] = sums.get(key, 0.0) + value.detach() / parts
+        return {key: float(total) for key, total in sums.items()}
+
+    return backward
+
+
+def tuning_losses(
+    model: PreTrainedModel,
+    teachers: Sequence[Sequence[tuple[PreTrainedModel, float]]],
+    batch: Batch,
+    spans: Sequence[slice],
+    family: Family,
+    options: TuneOptions,
+) -> dict[str, torch.Tensor]:
+    """CE + beta KL + balance L_bal on one batch: `loss` with gradient, and its parts `ce`, `kl` and `balance`.
+
+    Args:
+        teachers: each domain's (model, omega).
+        spans: each domain's rows of the batch. A domain's losses weigh as much as its rows.
+    """
+    with router_logits(model) as routed:
+        logits_BTV = forward(model, batch).logits_BTV
+    probabilities = [family.probabilities(logits_RE.float()) for logits_RE in routed]
+    balance = balance_loss(probabilities, int(model.config.num_experts_per_tok), batch.valid_BT)
+    loss = options.balance * balance
+    cross_entropy = divergence = loss.new_zeros(())
+    domain_logits = logits_BTV.split([rows.stop - rows.start for rows in spans])
+    for mine_BTV, rows, domain_teachers in zip(domain_logits, spans, teachers, strict=True):
+        mine = Batch(batch.input_ids_BT[rows], batch.counted_BT[rows], batch.valid_BT[rows])
+        share = len(mine.valid_BT) / len(batch.valid_BT)
+        if not share:
+            continue
+        predictions: list[TeacherLogits] = []
+        for teacher, omega in domain_teachers:
+            with torch.no_grad():
+                predicted_BTV = forward(teacher, mine).logits_BTV
+            predictions.append(TeacherLogits(predicted_BTV, options.beta * omega, mine.valid_BT))
+        token_loss, parts = next_token_losses(mine_BTV, predictions, mine, options.temperature)
+        loss = loss + share * token_loss
+        cross_entropy = cross_entropy + share * parts.cross_entropy
+        divergence = divergence + share * parts.divergence
+    return {"loss": loss, "ce": cross_entropy, "kl": divergence, "balance": balance}
+
+
+def _on(device: torch.device, model: PreTrainedModel) -> PreTrainedModel:
+    return model.to(device)  # pyright: ignore[reportArgumentType, reportReturnType]
