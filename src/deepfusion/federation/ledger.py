@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ledger: how many bytes crossed the door, by round, device, direction and kind (method, section 13)."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from deepfusion.artifacts import write_atomic
+from deepfusion.errors import ResumeError
+
+Direction = Literal["up", "down"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One crossing.
+
+    Attributes:
+        round: 0 in one-shot methods.
+        device: the device's id.
+        direction: "up" to the server, "down" to the device.
+        what: `Payload.what`.
+        bytes: length of the encoded blob.
+    """
+
+    round: int
+    device: str
+    direction: Direction
+    what: str
+    bytes: int
+
+
+class Ledger:
+    """Rows in a file of JSON lines.
+
+    A row replaces an earlier one of the same round, device, direction and kind. So whatever is sent again after a
+    crash or a failed attempt counts once, and a resumed run has the totals of an undisturbed one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open the ledger, with the rows that are in the file.
+
+        Raises:
+            ResumeError: the file is not a ledger.
+        """
+        self._path = path
+        self._rows: dict[tuple[int, str, str, str], Row] = {}
+        self._lock = threading.Lock()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            self._load(path.read_text(encoding="utf-8"))
+
+    def book(self, row: Row) -> None:
+        """Write a row down; it is in the file when this returns."""
+        with self._lock, open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(row)) + "\n")
+            self._add(row)
+
+    def rows(self) -> Iterator[Row]:
+        """All rows, without those that were replaced, ordered by round, device, direction and kind."""
+        return iter([row for _, row in sorted(self._rows.items())])
+
+    def totals(self) -> dict[str, int]:
+        """Bytes: `upload_bytes`, `download_bytes` (without starting checkpoints), `init_bytes`, `total_bytes`."""
+        up = sum(row.bytes for row in self.rows() if row.direction == "up")
+        init = sum(row.bytes for row in self.rows() if row.direction == "down" and row.what == "init")
+        down = sum(row.bytes for row in self.rows() if row.direction == "down" and row.what != "init")
+        return {"upload_bytes": up, "download_bytes": down, "init_bytes": init, "total_bytes": up + down + init}
+
+    def by_device(self, direction: Direction) -> dict[str, int]:
+        """Bytes of each device that has a row in this direction."""
+        totals: dict[str, int] = {}
+        for row in self.rows():
+            if row.direction == direction:
+                totals[row.device] = totals.get(row.device, 0) + row.bytes
+        return totals
+
+    def _add(self, row: Row) -> None:
+        self._rows[row.round, row.device, row.direction, row.what] = row
+
+    def _load(self, text: str) -> None:
+        whole, _, torn = text.rpartition("\n")
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                self._add(Row(**json.loads(line)))
+            except (ValueError, TypeError) as error:
+                raise ResumeError(
+                    f"{self._path}, line {number}: not a row of a ledger ({error}); delete the file to count anew"
+                ) from error
+        if torn:  # a crash in the middle of a row: what it booked is asked, and booked, again
+            write_atomic(self._path, whole + "\n" if whole else "")

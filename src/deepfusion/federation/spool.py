@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The spool: uploads on the server's disk from the moment of their arrival, so that a resumed run asks for the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from deepfusion.artifacts import write_atomic
+from deepfusion.errors import FederationError, UploadError
+from deepfusion.federation.payload import inspect_file, parts, read_file
+from deepfusion.types import Call, Payload
+
+Check = Callable[[str, Payload], None]
+"""`check(device_id, payload)` raises UploadError when the upload is not what was asked for."""
+
+
+class Spool:
+    """A folder of uploads: `<device>.safetensors` each, and `rejected/<device>.json` for those that were refused."""
+
+    def __init__(self, folder: Path, key: str | None = None) -> None:
+        """Open the spool.
+
+        Args:
+            key: hash of what the uploads depend on. A spool that was filled under another key is emptied.
+        """
+        self.folder = folder
+        marker = folder / "key"
+        if key is not None and (not marker.exists() or marker.read_text() != key):
+            shutil.rmtree(folder, ignore_errors=True)
+            write_atomic(marker, key)
+        folder.mkdir(parents=True, exist_ok=True)
+        for partial in folder.glob(".*.partial"):  # of a run that was killed while it wrote
+            partial.unlink()
+
+    def path(self, device_id: str) -> Path:
+        """Where the device's upload is, or would be."""
+        return self.folder / f"{device_id}.safetensors"
+
+    def have(self) -> list[str]:
+        """Ids of the devices whose upload is here, whole and well-formed, sorted."""
+        return sorted(path.stem for path in self.folder.glob("*.safetensors") if self._is_whole(path))
+
+    def get(self, device_id: str) -> Payload:
+        """A device's upload; its tensors are memory-mapped.
+
+        Raises:
+            UploadError: the file has been damaged.
+        """
+        return read_file(self.path(device_id), source=f"device {device_id}")
+
+    def put(self, device_id: str, payload: Payload) -> None:
+        """Write an upload, as the bytes in which it crossed the wire; it is on the disk when this returns."""
+        final = self.path(device_id)
+        partial = self.folder / f".{device_id}.{os.getpid()}.partial"
+        with open(partial, "wb") as file:
+            for part in parts(payload):
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, final)
+        descriptor = os.open(self.folder, os.O_RDONLY)  # the new name is on the disk only with its folder
+        os.fsync(descriptor)
+        os.close(descriptor)
+        (self.folder / "rejected" / f"{device_id}.json").unlink(missing_ok=True)
+
+    def reject(self, device_id: str, reason: str) -> None:
+        """Note why a device's upload was refused."""
+        text = json.dumps({"device": device_id, "reason": reason}, indent=1)
+        write_atomic(self.folder / "rejected" / f"{device_id}.json", text)
+
+    def rejected(self) -> dict[str, str]:
+        """Why each refused upload was refused."""
+        notes = (json.loads(path.read_text()) for path in sorted((self.folder / "rejected").glob("*.json")))
+        return {note["device"]: note["reason"] for note in notes}
+
+    @staticmethod
+    def _is_whole(path: Path) -> bool:
+        try:
+            inspect_file(path, source=path.stem)
+        except UploadError:
+            return False
+        return True
+
+
+def _accept(device_id: str, payload: Payload) -> None:
+    """The check that lets everything through that could be decoded."""
+
+
+def collect(call: Call, requests: Mapping[str, Payload], spool: Spool, check: Check = _accept) -> list[str]:
+    """Bring the uploads of the devices into the spool, one at a time, and return who is in it, in order of `requests`.
+
+    Only devices whose upload is not there yet are asked. An upload that `check` refuses is noted and left out; so is
+    a second one of the same device, or one that nobody asked for.
+
+    Raises:
+        FederationError: no upload is left; says why the first one was refused.
+    """
+    have = {device_id for device_id in requests if _is_good(device_id, spool, check)}
+    missing = {device_id: request for device_id, request in requests.items() if device_id not in have}
+    if missing:
+        try:
+            _bring(call, missing, spool, check, have)
+        except FederationError:
+            if not have:  # what a resumed run has already is as good as what arrives now
+                raise
+    if not have:
+        reasons = [reason for device_id, reason in spool.rejected().items() if device_id in requests]
+        said = f"the first of {len(reasons)} refused: {reasons[0]}" if reasons else "none was asked"
+        raise FederationError(f"no device's upload can be used; {said}")
+    return [device_id for device_id in requests if device_id in have]
+
+
+def _bring(call: Call, missing: Mapping[str, Payload], spool: Spool, check: Check, have: set[str]) -> None:
+    """Ask the missing devices and add those whose upload is good to `have`."""
+    for device_id, payload in call(missing):
+        if device_id not in missing or device_id in have:
+            again = "a second time; give every device an id of its own" if device_id in have else "without being asked"
+            spool.reject(device_id, f"device {device_id} answered {again}")
+            continue
+        try:
+            check(device_id, payload)
+        except UploadError as error:
+            spool.reject(device_id, str(error))
+            continue
+        spool.put(device_id, payload)
+        have.add(device_id)
+
+
+def _is_good(device_id: str, spool: Spool, check: Check) -> bool:
+    """Whether the spool has an upload of this device that is still what is asked for."""
+    if not spool.path(device_id).exists():
+        return False
+    try:
+        check(device_id, spool.get(device_id))
+    except UploadError:
+        return False
+    return True
