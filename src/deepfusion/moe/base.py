@@ -35,20 +35,25 @@ class Family:
     Attributes:
         model_type: its Hugging Face model type, and its name in this project.
         num_experts_key: configuration key of the number of routed experts E.
+        width_key: configuration key of one expert's intermediate size I.
+        layers: which layers have experts: every `decoder_sparse_step`-th, or all after `first_k_dense_replace`.
         student: "single" trains a MoE of one expert; "dense" trains plain MLPs, of which the first I neurons become the
             routed expert and the others the shared one (for families that cannot be built with one expert).
         scores: how the router makes weights out of logits.
-        normalised: whether the chosen experts' weights sum to 1. Where they do not, K equal experts equal their base
-            only up to the routed scaling factor, which is calibrated instead (docs/decisions).
+        scaling: `routed_scaling_factor` is absent ("none"); divided out of the experts, whose weights sum to 1
+            ("folded"); or chosen so that weights that do not sum to 1 do so on average ("calibrated", see
+            docs/decisions/0003-deepseek-v2-scale.md).
+        group_size: least experts of a group in routers that choose groups first; 0 for routers without groups.
     """
 
     model_type: str
     num_experts_key: str
+    width_key: str = "moe_intermediate_size"
+    layers: Literal["sparse_step", "after_dense"]
     student: Literal["single", "dense"]
     scores: Literal["softmax", "sigmoid"] = "softmax"
-    normalised: bool = True
-
-    # ------------------------------------------------------------------ configurations
+    scaling: Literal["none", "folded", "calibrated"] = "none"
+    group_size: int = 0
 
     def num_experts(self, config: PreTrainedConfig) -> int:
         """E."""
@@ -57,13 +62,10 @@ class Family:
     def moe_layers(self, config: PreTrainedConfig) -> tuple[int, ...]:
         """Indices (from 0) of the layers that have experts."""
         depth = int(config.num_hidden_layers)
-        if hasattr(config, "first_k_dense_replace"):
+        if self.layers == "after_dense":
             return tuple(range(int(config.first_k_dense_replace), depth))
-        sparse_step, plain = (
-            int(getattr(config, "decoder_sparse_step", 1)),
-            getattr(config, "mlp_only_layers", None) or (),
-        )
-        return tuple(layer for layer in range(depth) if layer not in plain and (layer + 1) % sparse_step == 0)
+        step, plain = int(config.decoder_sparse_step), config.mlp_only_layers
+        return tuple(layer for layer in range(depth) if layer not in plain and (layer + 1) % step == 0)
 
     def ready_target(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """A copy of the target's configuration with what an exact merge needs (normalised weights, no built-in loss).
@@ -74,14 +76,26 @@ class Family:
         target = type(config).from_dict(config.to_dict())
         target.norm_topk_prob = True
         target.output_router_logits = False
-        experts, top = self.num_experts(target), int(target.num_experts_per_tok)
+        experts, top = self.num_experts(target), int(target.num_experts_per_tok or 0)
         if not 1 <= top <= experts:
             raise ModelError(
                 f"[target] num_experts_per_tok = {top}: not between 1 and {self.num_experts_key} = {experts}; change one of them"
             )
         if not self.moe_layers(target):
             raise ModelError("[target] no layer has experts; lower first_k_dense_replace or decoder_sparse_step")
+        if self.group_size and getattr(target, "topk_method", "") != "greedy":
+            self._check_groups(target, experts, top)
         return target
+
+    def _check_groups(self, target: PreTrainedConfig, experts: int, top: int) -> None:
+        groups, chosen = int(target.n_group or 1), int(target.topk_group or 1)
+        size = experts // groups
+        if experts % groups or size < self.group_size or chosen > groups or chosen * size < top:
+            raise ModelError(
+                f"[target] n_group = {groups}, topk_group = {chosen}: {experts} experts must come in equal groups of at "
+                f"least {self.group_size}, and the chosen groups must hold num_experts_per_tok = {top} experts; "
+                "set n_group = 1 and topk_group = 1, or change the numbers"
+            )
 
     def student_config(self, target: PreTrainedConfig, *, slices: int = 1) -> PreTrainedConfig:
         """Configuration of the base model: the target with one routed expert of `slices` times an expert's width.
@@ -90,13 +104,15 @@ class Family:
             ModelError: the family needs a dense student, and the target's dense layers have another width.
         """
         values = target.to_dict()
-        width = int(target.moe_intermediate_size)
+        width = int(getattr(target, self.width_key))
         if self.student == "single":
-            values |= {self.num_experts_key: 1, "num_experts_per_tok": 1, "moe_intermediate_size": slices * width}
+            values |= {self.num_experts_key: 1, "num_experts_per_tok": 1, self.width_key: slices * width}
             if "n_shared_experts" in values:  # their width is counted in experts
                 values["n_shared_experts"] = self._shared_experts(target, slices)
-            if not self.normalised:
+            if self.scaling != "none":
                 values["routed_scaling_factor"] = 1.0
+            if self.group_size:
+                values |= {"n_group": 1, "topk_group": 1}
             return type(target).from_dict(values)
         dense = width * (slices + int(target.n_shared_experts))
         if int(target.first_k_dense_replace) > 0 and int(target.intermediate_size) != dense:
@@ -116,8 +132,6 @@ class Family:
             )
         return count // slices
 
-    # ------------------------------------------------------------------ student <-> shared + expert
-
     def split(
         self, student: Mapping[str, torch.Tensor], target: PreTrainedConfig, *, slices: int = 1
     ) -> tuple[State, State]:
@@ -127,7 +141,7 @@ class Family:
         """
         shared: State = {}
         expert: State = {}
-        width, layers = slices * int(target.moe_intermediate_size), self.moe_layers(target)
+        width, layers = slices * int(getattr(target, self.width_key)), self.moe_layers(target)
         for name, tensor in student.items():
             if self.student == "single":
                 if not ROUTER.search(name):
@@ -158,8 +172,6 @@ class Family:
         gate, up = expert[prefix + "gate_proj.weight"], expert[prefix + "up_proj.weight"]
         return torch.cat([gate, up]), expert[prefix + "down_proj.weight"]
 
-    # ------------------------------------------------------------------ the merged model
-
     def merged_state(
         self,
         shared: Mapping[str, torch.Tensor],
@@ -179,9 +191,7 @@ class Family:
         for name, tensor in shared.items():
             inner = DENSE.search(name) is not None and _layer(name) in layers and self.student == "dense"
             state[name.replace(".mlp.", ".mlp.shared_experts.") if inner else name] = tensor
-        scale = (
-            float(target.routed_scaling_factor) if self.normalised and hasattr(target, "routed_scaling_factor") else 1.0
-        )
+        scale = self.sure_weight(target)
         for layer, pairs, weight in zip(layers, experts, router, strict=True):
             prefix = f"model.layers.{layer}.mlp."
             state[prefix + "experts.gate_up_proj"] = torch.stack([gate_up for gate_up, _ in pairs])
@@ -199,8 +209,22 @@ class Family:
         return score_TE / score_TE.sum(-1, keepdim=True)
 
     def sure_weight(self, config: PreTrainedConfig) -> float:
-        """Weight that makes the expert's contribution that of its student."""
-        return float(getattr(config, "routed_scaling_factor", 1.0)) if self.normalised else 1.0
+        """Router output that makes an expert's contribution that of its student; down-projections are divided by it."""
+        return float(config.routed_scaling_factor) if self.scaling == "folded" else 1.0
+
+    def expert_of(self, merged: Mapping[str, torch.Tensor], index: int, target: PreTrainedConfig) -> State:
+        """Expert `index` of a merged state dict under the student's names, as `split` gives it."""
+        expert: State = {}
+        for prefix in (f"model.layers.{layer}.mlp." for layer in self.moe_layers(target)):
+            gate_up = merged[prefix + "experts.gate_up_proj"][index]
+            down = merged[prefix + "experts.down_proj"][index] * self.sure_weight(target)
+            if self.student == "single":
+                expert |= {prefix + "experts.gate_up_proj": gate_up[None], prefix + "experts.down_proj": down[None]}
+            else:
+                gate, up = gate_up.chunk(2)
+                expert |= {prefix + "gate_proj.weight": gate, prefix + "up_proj.weight": up}
+                expert[prefix + "down_proj.weight"] = down
+        return expert
 
 
 def _layer(name: str) -> int:
@@ -210,12 +234,17 @@ def _layer(name: str) -> int:
 
 def routers(model: PreTrainedModel) -> list[nn.Module]:
     """The router of each MoE layer, first to last."""
-    return [m for name, m in model.named_modules() if name.endswith(".mlp.gate") and hasattr(m, "top_k")]
+    return [m for name, m in model.named_modules() if name.endswith(".mlp.gate")]
 
 
 def expert_parameters(model: PreTrainedModel) -> list[str]:
     """Names of the routed experts' parameters."""
     return [name for name, _ in model.named_parameters() if EXPERT.search(name)]
+
+
+def router_parameters(model: PreTrainedModel) -> list[str]:
+    """Names of the routers' weights."""
+    return [name for name, _ in model.named_parameters() if ROUTER.search(name)]
 
 
 @contextmanager
@@ -235,15 +264,25 @@ def router_inputs(model: PreTrainedModel) -> Generator[list[torch.Tensor]]:
 
 
 @contextmanager
-def force_expert(model: PreTrainedModel, family: Family, index: int) -> Generator[None]:
-    """Within it, every token goes to expert `index` alone, with the weight that makes it that expert's student."""
+def router_weights(model: PreTrainedModel) -> Generator[list[torch.Tensor]]:
+    """Within it, a forward pass appends the weights (B*T, k) of each MoE layer's chosen experts, in order, to the list."""
+    seen: list[torch.Tensor] = []
+    with _router_hooks(model, lambda _module, _inputs, output: seen.append(output[1])):
+        yield seen
+
+
+@contextmanager
+def force_experts(model: PreTrainedModel, family: Family, indices: Sequence[int]) -> Generator[None]:
+    """Within it, every token goes to the experts `indices` and no other, in equal shares that sum to a sure router's.
+
+    One index makes the model that expert's student; the slices of one student together make that student.
+    """
+    share = family.sure_weight(model.config) / len(indices)
 
     def replace(_module: nn.Module, _inputs: Any, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        logits, weights_Tk, chosen_Tk = output
-        order = torch.arange(chosen_Tk.shape[1], device=chosen_Tk.device)
-        others_k = (index + order) % family.num_experts(model.config)
-        sure_k = torch.where(order == 0, family.sure_weight(model.config), 0.0).to(weights_Tk.dtype)
-        return logits, sure_k.expand_as(weights_Tk), others_k.expand_as(chosen_Tk)
+        logits_TE, weights_Tk, chosen_Tk = output
+        forced_Tk = chosen_Tk.new_tensor(indices).expand(len(chosen_Tk), -1)
+        return logits_TE, weights_Tk.new_full(forced_Tk.shape, share), forced_Tk
 
     with _router_hooks(model, replace):
         yield

@@ -7,5 +7,11 @@ built with one expert (it takes the two best of each group), so its student is d
 
 from deepfusion.moe.base import Family
 
-DEEPSEEK_V2 = Family(model_type="deepseek_v2", num_experts_key="n_routed_experts", student="single", normalised=False)
-DEEPSEEK_V3 = Family(model_type="deepseek_v3", num_experts_key="n_routed_experts", student="dense", scores="sigmoid")
+DEEPSEEK_V2 = Family(
+    model_type="deepseek_v2", num_experts_key="n_routed_experts", layers="after_dense", student="single",
+    scaling="calibrated", group_size=1,
+)  # fmt: skip
+DEEPSEEK_V3 = Family(
+    model_type="deepseek_v3", num_experts_key="n_routed_experts", layers="after_dense", student="dense",
+    scores="sigmoid", scaling="folded", group_size=2,
+)  # fmt: skip

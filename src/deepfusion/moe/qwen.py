@@ -3,4 +3,4 @@
 
 from deepfusion.moe.base import Family
 
-QWEN2_MOE = Family(model_type="qwen2_moe", num_experts_key="num_experts", student="single")
+QWEN2_MOE = Family(model_type="qwen2_moe", num_experts_key="num_experts", layers="sparse_step", student="single")
