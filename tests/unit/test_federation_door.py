@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The door over the local grid: the same bytes from every engine, and a device's fault costs that device only."""
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
 from federation_apps import GARBAGE_ROUND
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Array, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from deepfusion.errors import FederationError
@@ -253,6 +254,36 @@ def scratch_bytes(grid: LocalGrid) -> int:
     engine = grid._engine
     assert isinstance(engine, ForkServer)
     return sum(path.stat().st_size for path in engine._scratch.rglob("reply*"))
+
+
+def test_an_answer_leaves_memory_at_once_and_not_when_the_collector_comes(grid: LocalGrid, tmp_path: Path) -> None:
+    def arrays() -> int:
+        return sum(type(thing) is Array for thing in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = arrays()
+        exchange(grid, tmp_path, Payload("echo", {"w": torch.ones(1000)}))
+        assert arrays() == before
+    finally:
+        gc.enable()
+
+
+class Silent(LocalGrid):
+    """A grid like a fleet whose devices have gone: it takes messages and never has a reply."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        return []
+
+
+def test_answers_are_not_waited_for_longer_than_told(tmp_path: Path) -> None:
+    grid = Silent(APP, IDS, engine="inline")
+    door = Door(grid, grid.nodes, Ledger(tmp_path / "l.jsonl"), timeout=0.3)
+    began = time.monotonic()
+    with pytest.raises(FederationError, match=r"none of 4 devices answered; device d0: gave no answer within 0.3 s"):
+        on_grid(grid, lambda: all(door(dict.fromkeys(IDS, Payload("echo")))))
+    assert time.monotonic() - began < 3
 
 
 def test_nothing_is_left_when_the_program_is_killed(tmp_path: Path) -> None:

@@ -120,6 +120,7 @@ class Door:
                 self._progress("devices", answered + len(failed), len(requests), note)
                 if isinstance(outcome, Payload):
                     yield device_id, outcome
+                del outcome  # or it would be in memory until the next one has arrived
         if failed and not answered:
             raise FederationError(
                 f"none of {len(failed)} devices answered; device {failed[0]}: {self.failures[failed[0]]}"
@@ -145,9 +146,8 @@ class Door:
         if not replies:  # a grid that has itself waited for a reply is not made to wait again
             time.sleep(max(0.0, _POLL - (time.monotonic() - began)))
         while replies:
-            reply = replies.popleft()
-            device_id = sent.pop(reply.metadata.reply_to_message_id).device_id
-            yield device_id, self._open_reply(device_id, reply)
+            device_id = sent.pop(replies[0].metadata.reply_to_message_id).device_id
+            yield device_id, self._open_reply(device_id, replies.popleft())
         for message_id, message in list(sent.items()):
             if time.monotonic() > message.expires:
                 del sent[message_id]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import mmap
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
@@ -22,7 +22,8 @@ _LENGTH = 8
 
 def pack(blob: bytes) -> RecordDict:
     """A message's content that is one blob."""
-    return RecordDict({RECORD: ArrayRecord({BLOB: Array("uint8", (len(blob),), FORMAT, blob)})})
+    array = Array("uint8", (len(blob),), FORMAT, blob)
+    return RecordDict({RECORD: ArrayRecord({BLOB: array}, keep_input=False)})
 
 
 def unpack(message: Message, source: str) -> bytes | memoryview:
@@ -31,8 +32,9 @@ def unpack(message: Message, source: str) -> bytes | memoryview:
     Raises:
         UploadError: the content is not what `pack` makes.
     """
-    record = message.content.array_records.get(RECORD)
-    array = record.get(BLOB) if record is not None else None
+    # Not by `content.array_records`, here and below: it makes a circle of references, which keeps the blob in memory.
+    record = message.content.get(RECORD)
+    array = record.get(BLOB) if isinstance(record, ArrayRecord) else None
     if array is None or array.stype != FORMAT:
         raise UploadError(f'{source}: its message has no "{RECORD}" with a {FORMAT} blob; answer it with `door.answer`')
     return array.data
@@ -81,12 +83,17 @@ def read_message(path: Path) -> tuple[Message, Context]:
     context = context_from_proto(ProtoContext.FromString(sections[0]))
     message = message_from_proto(ProtoMessage.FromString(sections[1]))
     if message.has_content():
-        for record in message.content.array_records.values():
-            for array in record.values():
-                length = int.from_bytes(array.data, "little")
-                array.data = view[position : position + length]  # pyright: ignore[reportAttributeAccessIssue] (bytes-like)
-                position += length
+        for array in _arrays(message.content):
+            length = int.from_bytes(array.data, "little")
+            array.data = view[position : position + length]  # pyright: ignore[reportAttributeAccessIssue] (bytes-like)
+            position += length
     return message, context
+
+
+def _arrays(content: RecordDict) -> Iterator[Array]:
+    for record in content.values():
+        if isinstance(record, ArrayRecord):
+            yield from record.values()
 
 
 def _without_data(message: Message, datas: list[bytes]) -> Message:
@@ -100,7 +107,7 @@ def _without_data(message: Message, datas: list[bytes]) -> Message:
             for name, array in record.items():
                 datas.append(array.data)
                 light[name] = Array(array.dtype, array.shape, array.stype, len(array.data).to_bytes(_LENGTH, "little"))
-            content[key] = ArrayRecord(light)
+            content[key] = ArrayRecord(light, keep_input=False)
         else:
             content[key] = record
     skeleton = Message(content, reply_to=message)

@@ -128,6 +128,7 @@ def _bring(call: Call, missing: Mapping[str, Payload], spool: Spool, check: Chec
             continue
         spool.put(device_id, payload)
         have.add(device_id)
+        del payload  # or it would be in memory until the next one has arrived
 
 
 def _is_good(device_id: str, spool: Spool, check: Check) -> bool:
