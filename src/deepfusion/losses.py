@@ -7,15 +7,14 @@ each chunk's softmax is used while it is in the cache, and nothing of size B*T*V
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch.nn.functional import log_softmax
 
 from deepfusion.types import Batch
 
-CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
+CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 """Logits that one chunk holds: about a core's cache on a CPU; on a GPU enough to hide the launch of its kernels."""
 
 
@@ -106,6 +105,27 @@ def _mean_weights(mask_BT: torch.Tensor) -> torch.Tensor:
     return mask_BT.flatten().double() / mask_BT.sum().clamp(min=1)
 
 
+def _chunks(row_Q: torch.Tensor, logits_RV: torch.Tensor) -> Iterator[slice | torch.Tensor]:
+    """Rows a chunk at a time: as slices, which copy nothing, where all rows are used."""
+    positions, vocabulary = logits_RV.shape
+    rows = max(1, CHUNK_ELEMENTS.get(logits_RV.device.type, 1 << 22) // vocabulary)
+    if len(row_Q) == positions:
+        return (slice(begin, begin + rows) for begin in range(0, positions, rows))
+    return iter(row_Q.split(rows))
+
+
+def _exponentials(
+    logits_RV: torch.Tensor, rows: slice | torch.Tensor, dtype: torch.dtype, tau: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of some rows: z/tau less its largest value, its exponential, and that one's sum: a softmax with one exp each."""
+    logits_CV = logits_RV[rows].to(dtype)
+    if tau != 1:
+        logits_CV = logits_CV / tau
+    shifted_CV = logits_CV - logits_CV.amax(-1, keepdim=True)
+    exp_CV = shifted_CV.exp()
+    return shifted_CV, exp_CV, exp_CV.sum(-1, keepdim=True)
+
+
 class _FusedTokenLoss(torch.autograd.Function):
     """(student_RV, row_Q, target_R, mean_R, tau, teacher_RV, weight_R, ...) -> loss, cross-entropy, weighted KL.
 
@@ -118,37 +138,40 @@ class _FusedTokenLoss(torch.autograd.Function):
         teachers = list(zip(soft[::2], soft[1::2], strict=True))
         dtype = torch.promote_types(student_RV.dtype, torch.float32)
         sums = torch.zeros(2, dtype=torch.float64, device=student_RV.device)
-        wants_gradient = ctx.needs_input_grad[0]
-        gradient_RV = torch.zeros_like(student_RV) if wants_gradient else None
-        rows = max(1, CHUNK_ELEMENTS.get(student_RV.device.type, 1 << 22) // student_RV.shape[-1])
-        for row_C in row_Q.split(rows):
-            logp_CV = log_softmax(student_RV.index_select(0, row_C).to(dtype), dim=-1)
+        gradient_RV = torch.empty_like(student_RV) if ctx.needs_input_grad[0] else None
+        if gradient_RV is not None and len(row_Q) < len(student_RV):
+            gradient_RV.zero_()
+        for row_C in _chunks(row_Q, student_RV):
             target_C1, mean_C1 = target_R[row_C, None], mean_R[row_C, None].to(dtype)
-            sums[0] -= (logp_CV.gather(1, target_C1) * mean_C1).sum()
-            soft_logp_CV = (
-                logp_CV if tau == 1 else log_softmax(student_RV.index_select(0, row_C).to(dtype) / tau, dim=-1)
-            )
-            total_C1 = torch.zeros_like(mean_C1)
+            shifted_CV, exp_CV, total_C1 = _exponentials(student_RV, row_C, dtype, 1.0)
+            logp_C1 = shifted_CV.gather(1, target_C1) - total_C1.log()
+            sums[0] -= (logp_C1 * mean_C1).sum()
+            step_CV = exp_CV * (mean_C1 / total_C1) if tau != 1 else exp_CV
+            if tau != 1 and teachers:
+                shifted_CV, exp_CV, total_C1 = _exponentials(student_RV, row_C, dtype, tau)
+            weights_C1 = torch.zeros_like(mean_C1)
             pull_CV: torch.Tensor | None = None
             for teacher_RV, weight_R in teachers:
                 weight_C1 = weight_R[row_C, None].to(dtype)
-                logq_CV = log_softmax(teacher_RV.index_select(0, row_C).to(dtype) / tau, dim=-1)
-                q_CV = logq_CV.exp()
-                kl_C = logq_CV.sub_(soft_logp_CV).mul_(q_CV).sum(-1)
-                sums[1] += tau**2 * torch.dot(kl_C, weight_C1[:, 0])
-                total_C1 += weight_C1
-                pull_CV = q_CV.mul_(weight_C1) if pull_CV is None else pull_CV.addcmul_(q_CV, weight_C1)
+                teacher_CV, q_CV, q_total_C1 = _exponentials(teacher_RV, row_C, dtype, tau)
+                # KL = sum q (log q - log p), with log q and log p up to what their own sums add
+                kl_C1 = teacher_CV.sub_(shifted_CV).mul_(q_CV).sum(-1, keepdim=True) / q_total_C1
+                kl_C1 += total_C1.log() - q_total_C1.log()
+                sums[1] += tau**2 * (kl_C1 * weight_C1).sum()
+                weights_C1 += weight_C1
+                pull_C1 = weight_C1 / q_total_C1
+                pull_CV = q_CV.mul_(pull_C1) if pull_CV is None else pull_CV.addcmul_(q_CV, pull_C1)
             if gradient_RV is None:
                 continue
             # d/dz of tau^2 KL is tau (softmax(z/tau) - q); d/dz of the cross-entropy is softmax(z) - onehot(target)
             if tau == 1:
-                step_CV = logp_CV.exp_().mul_(mean_C1 + total_C1)
-            else:
-                step_CV = logp_CV.exp_().mul_(mean_C1).addcmul_(soft_logp_CV.exp_(), tau * total_C1)
+                step_CV.mul_((mean_C1 + weights_C1) / total_C1)
+            elif teachers:
+                step_CV.addcmul_(exp_CV, tau * weights_C1 / total_C1)
             if pull_CV is not None:
                 step_CV.sub_(pull_CV, alpha=tau)
             step_CV.scatter_add_(1, target_C1, -mean_C1)
-            gradient_RV.index_copy_(0, row_C, step_CV.to(student_RV.dtype))
+            gradient_RV[row_C] = step_CV.to(student_RV.dtype)
         ctx.gradient_RV = gradient_RV
         cross_entropy, divergence = sums.to(dtype).unbind()
         loss = cross_entropy + divergence
@@ -158,4 +181,7 @@ class _FusedTokenLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return ctx.gradient_RV * gradients[0], *[None] * (len(ctx.needs_input_grad) - 1)
+        gradient_RV, ctx.gradient_RV = ctx.gradient_RV, None
+        if gradient_RV is None:
+            raise RuntimeError("next_token_losses: its gradient was used up by an earlier backward pass; call it again")
+        return gradient_RV.mul_(gradients[0]), *[None] * (len(ctx.needs_input_grad) - 1)

@@ -135,29 +135,6 @@ class ModelSpec:
     share: float = 1.0
 
 
-@dataclass(frozen=True, eq=False)
-class Device:
-    """One edge device as its own code sees it. It never leaves `Method.client`.
-
-    Attributes:
-        id: unique in the fleet; a file name may be made of it.
-        model: the architecture that it trains.
-        corpus: its private text.
-        sequence_length: tokens of a training sequence.
-        memory_limit_bytes: None when it stated no limit.
-        seed: its own seed, derived from the run's seed and its id.
-        scratch: a folder of its own, for checkpoints.
-    """
-
-    id: str
-    model: ModelSpec
-    corpus: Corpus
-    sequence_length: int
-    memory_limit_bytes: int | None
-    seed: int
-    scratch: Path | None = None
-
-
 @dataclass(frozen=True)
 class Payload:
     """All that ever crosses the wire, in either direction.

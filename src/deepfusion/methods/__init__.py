@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The federated methods; importing this package registers all of them."""
+
+from deepfusion.methods.base import Method, TargetOptions, methods
+from deepfusion.methods.deepfusion import DeepFusion
+
+__all__ = ["DeepFusion", "Method", "TargetOptions", "methods"]

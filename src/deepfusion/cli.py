@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: reads arguments, shows progress, prints results. All work is done by what it calls."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from deepfusion.errors import DeepFusionError
+
+app = typer.Typer(
+    name="deepfusion",
+    help="Fuse a fleet of unlike small language models into one Mixture-of-Experts checkpoint.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+ConfigPath = Annotated[Path, typer.Argument(help="A TOML file, e.g. configs/quickstart.toml", metavar="CONFIG")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", help="Override one value: section.key=value. May be repeated.", metavar="K=V"),
+]
+Seed = Annotated[int | None, typer.Option(help="Override the run's seed.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
+
+
+def examples(*lines: str) -> str:
+    """The examples at the foot of a command's `--help`."""
+    return "[bold]Examples[/bold]\n\n" + "\n\n".join(f"  [cyan]{line}[/cyan]" for line in lines)
+
+
+@app.command(
+    epilog=examples(
+        "deepfusion run configs/quickstart.toml",
+        "deepfusion run configs/benchmark.toml --out runs/b0 --seed 1 --set data.root=/data --set cluster.num_clusters=8",
+        "deepfusion run configs/benchmark.toml --out runs/b0 --resume",
+        "deepfusion run configs/quickstart.toml --until clusters",
+    )
+)
+def run(
+    config: ConfigPath,
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="The run folder. Default: runs/<name>-seed<seed>.")
+    ] = None,
+    seed: Seed = None,
+    overrides: Overrides = None,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage, e.g. clusters or experts.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on in an existing run folder; finished stages are kept.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train the fleet, collect one upload from each device, and fuse them into one MoE checkpoint."""
+    from deepfusion.report.table import summary_table
+
+    from deepfusion.app import launch
+    from deepfusion.config import load_config
+    from deepfusion.progress import bars
+
+    settings = load_config(config, overrides or [], seed=seed)
+    folder = out_dir or Path("runs") / f"{settings.name}-seed{settings.seed}"
+    with bars(err) as progress:
+        record = launch(settings, folder, until=until, resume=resume, progress=progress)
+    if record is None:
+        _print(
+            {"run": str(folder), "until": until}, as_json, f"Stopped after [bold]{until}[/bold]; go on with --resume."
+        )
+        return
+    if as_json:
+        sys.stdout.write(record.model_dump_json(indent=2) + "\n")
+        return
+    out.print(summary_table([record]))
+    out.print(f"Model   [bold]{folder / 'moe'}[/bold]   (opens with AutoModelForCausalLM.from_pretrained)")
+    out.print(f"Report  [bold]{folder / 'report.html'}[/bold]")
+    out.print(f"Record  {folder / 'record.json'}")
+
+
+@app.command(epilog=examples("deepfusion plan configs/benchmark.toml", "deepfusion plan configs/medical.toml --json"))
+def plan(config: ConfigPath, seed: Seed = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Predict devices' memory, bytes up and down, server FLOPs and disk, before anything is trained or downloaded."""
+    from deepfusion.plan import make_plan, plan_tables
+
+    from deepfusion.config import load_config
+
+    result = make_plan(load_config(config, overrides or [], seed=seed))
+    if as_json:
+        sys.stdout.write(json.dumps(result.as_dict(), indent=2) + "\n")
+        return
+    for table in plan_tables(result):
+        out.print(table)
+
+
+@app.command(
+    epilog=examples(
+        "deepfusion evaluate runs/quickstart-seed0/moe --data notes.jsonl --text '{text}'",
+        "deepfusion evaluate MODEL --data 'qa/*.jsonl' --prompt 'Question: {question} Answer:' --answer ' {answer}'",
+    )
+)
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Any causal LM: a folder or a hub name.", metavar="MODEL")],
+    data: Annotated[str, typer.Option(help="Text to score: .jsonl, .csv, .parquet or .txt file(s).")],
+    text: Annotated[str | None, typer.Option(help='Template of a document, e.g. "{title} {text}".')] = None,
+    prompt: Annotated[str | None, typer.Option(help="Template of what is given; not counted.")] = None,
+    answer: Annotated[str | None, typer.Option(help="Template of what is scored after the prompt.")] = None,
+    sequence_length: Annotated[int, typer.Option(help="Longest window of tokens.")] = 512,
+    as_json: AsJson = False,
+) -> None:
+    """Perplexity and token accuracy of any causal LM folder on any text files."""
+    from deepfusion.inference import evaluate_model
+
+    scores = evaluate_model(model, data, text=text, prompt=prompt, answer=answer, sequence_length=sequence_length)
+    if as_json:
+        sys.stdout.write(json.dumps(scores) + "\n")
+        return
+    table = Table("documents", "tokens", "perplexity", "log-perplexity", "token accuracy")
+    table.add_row(
+        f"{scores['documents']:,}", f"{scores['tokens']:,}", f"{scores['perplexity']:.3f}",
+        f"{scores['log_perplexity']:.4f}", f"{scores['token_accuracy']:.2%}",
+    )  # fmt: skip
+    out.print(table)
+
+
+@app.command(epilog=examples("deepfusion generate runs/quickstart-seed0/moe 'The net profit margin' --tokens 60"))
+def generate(
+    model: Annotated[str, typer.Argument(help="Any causal LM: a folder or a hub name.", metavar="MODEL")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue.", metavar="PROMPT")],
+    tokens: Annotated[int, typer.Option(help="Tokens to add at most.", min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.", min=0.0)] = 0.8,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a prompt with any causal LM folder."""
+    from deepfusion.inference import generate_text
+
+    text = generate_text(model, prompt, tokens=tokens, temperature=temperature, seed=seed)
+    _print({"prompt": prompt, "text": text}, as_json, f"[dim]{_escape(prompt)}[/dim]{_escape(text)}")
+
+
+@app.command(epilog=examples("deepfusion report runs/a runs/b --out compare.html"))
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders (with record.json).", metavar="RUN...")],
+    out_file: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("report.html"),
+    as_json: AsJson = False,
+) -> None:
+    """One self-contained page, and a table, out of one or several finished runs."""
+    from deepfusion.report.page import write_report
+    from deepfusion.report.table import summary_table
+
+    from deepfusion.record import Record
+
+    records = [Record.load(folder / "record.json") for folder in runs]
+    write_report(records, out_file)
+    if as_json:
+        sys.stdout.write(json.dumps([json.loads(r.model_dump_json()) for r in records], indent=2) + "\n")
+        return
+    out.print(summary_table(records))
+    out.print(f"Report  [bold]{out_file}[/bold]")
+
+
+@app.command("list", epilog=examples("deepfusion list", "deepfusion list --json"))
+def list_parts(as_json: AsJson = False) -> None:
+    """What can be named in a configuration: methods, rules, clusterings, embeddings, families, presets."""
+    from deepfusion.catalogue import catalogue
+
+    parts = catalogue()
+    if as_json:
+        sys.stdout.write(json.dumps(parts, indent=2) + "\n")
+        return
+    for section, names in parts.items():
+        table = Table(title=section, title_justify="left", show_header=False, box=None, padding=(0, 2))
+        for name, about in names.items():
+            table.add_row(f"[cyan]{name}[/cyan]", about)
+        out.print(table)
+        out.print()
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _print(value: dict[str, Any], as_json: bool, text: str) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(value) + "\n")
+    else:
+        out.print(text)
+
+
+@contextmanager
+def _errors_with_a_cure() -> Generator[None]:
+    try:
+        yield
+    except DeepFusionError as error:
+        err.print(
+            Panel(
+                _escape(str(error)), title=f"[red]{type(error).__name__}[/red]", title_align="left", border_style="red"
+            )
+        )
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        err.print("Interrupted. Finished stages are kept; go on with --resume.")
+        raise SystemExit(130) from None
+
+
+def main() -> None:
+    """Entry point of the `deepfusion` command."""
+    with _errors_with_a_cure():
+        app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model costs: parameters, memory to train it, bytes to send it, FLOPs of a token (method, section 13).
+
+Nothing here is guessed from widths and depths: the model is made on devices that hold no numbers (torch's meta device,
+and its fake tensors), so shapes of any architecture and size are exact and cost neither memory nor a download.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode  # pyright: ignore[reportPrivateUsage]
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from deepfusion.devices.features import num_blocks
+from deepfusion.errors import MemoryLimitError
+from deepfusion.training import Optimisation
+
+EXPERT_KEYS = ("num_experts", "n_routed_experts", "num_local_experts")
+LOGIT_COPIES = 3
+"""Arrays of B*T*V numbers alive at the loss: the logits, their gradient, and those of the step before."""
+CPU_ALLOCATOR = 1.55
+"""What the C library's allocator takes for each byte that comes and goes within a step, because it keeps freed blocks in
+pieces. With it, estimates stood at 0.9 to 1.25 of the resident memory that twelve trainings added (tests/numerics)."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that training needs, by kind, beside what the interpreter and its libraries take anyway (about 0.4 GiB).
+
+    Attributes:
+        weights: parameters, float32.
+        gradients: of all parameters.
+        optimiser: AdamW's two moments.
+        activations: what a forward pass keeps for its backward pass.
+        logits: `LOGIT_COPIES` arrays over the vocabulary.
+        total: the peak, with what the allocator wastes; not the sum, as gradients appear while activations disappear.
+    """
+
+    weights: int
+    gradients: int
+    optimiser: int
+    activations: int
+    logits: int
+    total: int
+
+
+def num_parameters(config: PreTrainedConfig) -> int:
+    """Parameters of the model, tied ones counted once."""
+    return sum(p.numel() for p in _skeleton(config).parameters())
+
+
+def num_active_parameters(config: PreTrainedConfig) -> int:
+    """Parameters that take part in one token's forward pass: of routed experts only the `num_experts_per_tok` chosen."""
+    experts = next((int(getattr(config, key)) for key in EXPERT_KEYS if getattr(config, key, None)), 0)
+    top = int(getattr(config, "num_experts_per_tok", 0) or 0)
+    return sum(
+        p.numel() * top // experts if experts and ".experts." in name else p.numel()
+        for name, p in _skeleton(config).named_parameters()
+    )
+
+
+def forward_flops_per_token(config: PreTrainedConfig) -> int:
+    """2 x the active parameters that are multiplied: no embedding look-up, but the output head.
+
+    Attention scores are left out, as in the paper's cost model; they matter from about 6 H tokens of context on.
+    """
+    model = _skeleton(config)
+    tables = [cast(Any, model.get_input_embeddings()).weight]
+    tables += [p for name, p in model.named_parameters() if name.endswith("wpe.weight")]
+    head = cast(Any, model.get_output_embeddings()).weight
+    return 2 * (num_active_parameters(config) - sum(table.numel() for table in tables if table is not head))
+
+
+def upload_bytes(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes of the model's distinct tensors on the wire, without the header (method, eq. 5)."""
+    return num_parameters(config) * dtype.itemsize
+
+
+def training_memory(config: PreTrainedConfig, optimisation: Optimisation, sequence_length: int) -> MemoryEstimate:
+    """Peak memory of AdamW training in float32, with activations in bf16 where `optimisation` asks for that.
+
+    The peak is either where the loss is taken (activations and logits are all there) or where the backward pass ends
+    (all gradients are there, and for tied embeddings two more of their size, until autograd has added them up).
+    """
+    parameters = num_parameters(config)
+    on_gpu = torch.cuda.is_available()
+    bf16 = optimisation.precision == "bf16" or (optimisation.precision == "auto" and on_gpu)
+    activations = _activations(
+        config.to_json_string(use_diff=False), type(config), optimisation.batch_size, sequence_length, bf16,
+        optimisation.gradient_checkpointing,
+    )  # fmt: skip
+    vocabulary = int(config.vocab_size)
+    one_array = optimisation.batch_size * sequence_length * vocabulary * (2 if bf16 else 4)
+    tied = 2 * 4 * vocabulary * int(config.hidden_size) if config.tie_word_embeddings else 0
+    weights, gradients, optimiser = 4 * parameters, 4 * parameters, 8 * parameters
+    at_the_loss = activations + LOGIT_COPIES * one_array + (gradients if optimisation.accumulate > 1 else 0)
+    at_the_end = gradients + tied + 2 * one_array
+    total = weights + optimiser + int(max(at_the_loss, at_the_end) * (1.0 if on_gpu else CPU_ALLOCATOR))
+    return MemoryEstimate(weights, gradients, optimiser, activations, LOGIT_COPIES * one_array, total)
+
+
+def check_fits(
+    device_id: str,
+    config: PreTrainedConfig,
+    optimisation: Optimisation,
+    sequence_length: int,
+    limit: int | None,
+    others: Sequence[tuple[str, PreTrainedConfig]] = (),
+) -> None:
+    """Refuse a device whose training would not fit its memory, before any training.
+
+    Args:
+        limit: bytes, None for no limit.
+        others: the fleet's architectures by name, to suggest one that fits.
+
+    Raises:
+        MemoryLimitError: says device, estimate, limit and what would fit.
+    """
+    need = training_memory(config, optimisation, sequence_length).total
+    if limit is not None and need > limit:
+        cure = what_would_fit(config, optimisation, sequence_length, limit, others)
+        raise MemoryLimitError(f"{device_id}: its training needs {gib(need)}, its limit is {gib(limit)}; {cure}")
+
+
+def what_would_fit(
+    config: PreTrainedConfig,
+    optimisation: Optimisation,
+    sequence_length: int,
+    limit: int,
+    others: Sequence[tuple[str, PreTrainedConfig]],
+) -> str:
+    """A sentence on how to stay below `limit` bytes: checkpointing, a smaller batch, or another architecture."""
+    for batch in sorted({optimisation.batch_size, 4, 2, 1}, reverse=True):
+        for checkpointing in {optimisation.gradient_checkpointing: None, True: None}:
+            if batch <= optimisation.batch_size:
+                candidate = replace(optimisation, batch_size=batch, gradient_checkpointing=checkpointing)
+                need = training_memory(config, candidate, sequence_length).total
+                if need <= limit:
+                    also = " with gradient_checkpointing = true" if checkpointing else ""
+                    return f"batch_size = {batch}{also} would fit ({gib(need)})"
+    fitting = [name for name, other in others if training_memory(other, optimisation, sequence_length).total <= limit]
+    return f"{', '.join(fitting)} would fit" if fitting else "none of the fleet's architectures fits; raise the limit"
+
+
+def gib(size: float) -> str:
+    """Bytes for people: 1.50 GiB, or MiB below a tenth of one."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def peak_memory_bytes() -> int:
+    """Highest memory that this process has used: on the GPU if there is one, else resident, libraries included."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit
+
+
+def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    return _skeleton_of(config.to_json_string(use_diff=False), type(config))
+
+
+@lru_cache(maxsize=64)
+def _skeleton_of(config_json: str, config_class: type[PreTrainedConfig]) -> PreTrainedModel:
+    with torch.device("meta"):
+        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config_class.from_dict(json.loads(config_json))))
+
+
+@lru_cache(maxsize=256)
+def _activations(
+    config_json: str, config_class: type[PreTrainedConfig], batch_size: int, sequence_length: int, bf16: bool,
+    checkpointing: bool,
+) -> int:  # fmt: skip
+    """Bytes that autograd keeps in one forward pass, found by running it on fake tensors: shapes without numbers."""
+    config = config_class.from_dict(json.loads(config_json))
+    sparse = any(getattr(config, key, None) for key in EXPERT_KEYS)
+    # Sparse layers have a shape rule in bf16 only, so they are run in it and their bytes are doubled for float32.
+    dtype = torch.bfloat16 if sparse else torch.float32
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()  # pyright: ignore[reportPrivateUsage]
+        return tensor
+
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16 and not sparse)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        kernels = {"experts_implementation": "grouped_mm"} if sparse else {}
+        model = cast(Any, AutoModelForCausalLM.from_config(config, dtype=dtype, **kernels)).train()
+        tokens_BT = torch.zeros(batch_size, sequence_length, dtype=torch.long)
+        with saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+            model(input_ids=tokens_BT, use_cache=False)
+        for parameter in model.parameters():
+            storages.pop(parameter.untyped_storage()._cdata, None)
+    kept = sum(storage.nbytes() for storage in storages.values()) * (2 if sparse and not bf16 else 1)
+    if not checkpointing:
+        return kept
+    block_inputs = num_blocks(config) * tokens_BT.numel() * int(config.hidden_size) * (2 if bf16 else 4)
+    return block_inputs + kept // num_blocks(config)

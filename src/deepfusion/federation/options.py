@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The [federation] section: how the server reaches its devices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederationOptions:
+    """[federation]: the engine behind the door. Every engine gives the same bytes.
+
+    Attributes:
+        engine: "forkserver" runs each device in a process of its own, "inline" runs all in this one (to debug).
+        workers: devices that train at the same time with "forkserver".
+        timeout_seconds: longest time a device may take before it is given up.
+        retries: how often a device that crashed is asked again.
+    """
+
+    engine: Literal["forkserver", "inline"] = "forkserver"
+    workers: int = 2
+    timeout_seconds: float = 86_400.0
+    retries: int = 1
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with the values, and the cure."""
+        if self.workers < 1:
+            yield f"workers = {self.workers}: nobody would train; choose at least 1"
+        if self.timeout_seconds <= 0:
+            yield f"timeout_seconds = {self.timeout_seconds}: no device could answer; choose a positive number of seconds"
+        if self.retries < 0:
+            yield f"retries = {self.retries}: cannot be negative; 0 asks every device once"

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a finished run is worth: the fused MoE and everything it is compared with, scored on the same test text."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepfusion.artifacts import RunFolder, file_digest, key_of
+from deepfusion.config import RunConfig, tree_of
+from deepfusion.devices import memory, models
+from deepfusion.federation.ledger import Ledger
+from deepfusion.methods.base import Site, methods
+from deepfusion.moe import families
+from deepfusion.record import (
+    Baselines,
+    ClusterRecord,
+    DeviceRecord,
+    DomainMetrics,
+    Group,
+    LedgerTotals,
+    Metrics,
+    ModelMetrics,
+    Record,
+)  # fmt: skip
+from deepfusion.run import Notes, private_corpus, versions
+from deepfusion.stages.evaluate import Score, by_domain, expert_load, mutual_information, score_documents, total
+from deepfusion.stages.proxy import load_proxies, read_model
+
+CURVE_POINTS = 400
+"""Longest curve in the record; longer ones are thinned."""
+
+
+def measure(
+    config: RunConfig, site: Site, moe: Path, *, ledger: Ledger, failures: Mapping[str, str], notes: Notes,
+    telemetry: Mapping[str, tuple[float, int]], reference: Path | None,
+) -> Record:  # fmt: skip
+    """Score the MoE and its baselines, and gather what the run's folder tells.
+
+    Args:
+        telemetry: seconds and peak memory bytes of each device, as far as they are known.
+        reference: the MoE from public text alone, or None.
+    """
+    scorer = _Scorer(site)
+    score = scorer.folder("moe", moe)
+    family = families[config.target.model_type]
+    model = models.load(moe)
+    load = expert_load(
+        model, site.data.test, site.sequence_length, family=family, top_k=int(model.config.num_experts_per_tok)
+    )
+    clusters = read_clusters(site.folder.path)
+    merged = site.folder / "merged"
+    return Record(
+        run_id=f"{config.name}-{key_of(tree_of(config))[:8]}",
+        name=config.name,
+        method=methods.name_of(type(config.method)),
+        recipe=getattr(config.method, "recipe", None),
+        seed=config.seed,
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        metrics=as_metrics(score),
+        baselines=_baselines(config, site, scorer, clusters, reference),
+        ledger=LedgerTotals(**ledger.totals()),
+        devices=_devices(config, site, ledger, clusters, telemetry),
+        clusters=clusters,
+        seconds=_seconds(site.folder),
+        versions=versions(),
+        curves=_curves(site.folder.path),
+        expert_load=load,
+        expert_mutual_information=mutual_information(load),
+        merge_check=_merge_check(merged),
+        notes=notes.sentences,
+        failures=dict(failures),
+        config=tree_of(config),
+    )
+
+
+class _Scorer:
+    """Scores model folders on the run's test text; a folder's score is kept and not computed again."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+
+    def folder(self, name: str, folder: Path) -> dict[str, Score]:
+        """Score by domain of a model folder."""
+        weights = sorted(folder.glob("*.safetensors"))
+        return self._kept(name, [file_digest(path) for path in weights], lambda: models.load(folder))
+
+    def upload(self, device_id: str, path: Path, start: Path) -> dict[str, Score]:
+        """Score by domain of a device's uploaded model."""
+
+        def load() -> Any:
+            model = models.load(start)
+            models.load_distinct(model, read_model(path))
+            return model
+
+        return self._kept(f"device {device_id}", [file_digest(path)], load)
+
+    def _kept(self, name: str, digests: Sequence[str], load: Any) -> dict[str, Score]:
+        site = self._site
+
+        def make(out: Path) -> None:
+            scores = score_documents(
+                load(), site.data.test, site.sequence_length, label=f"score {name}", progress=site.progress
+            )
+            sums = by_domain(scores, site.data.test)
+            rows = {domain: [s.nll, s.hits, s.tokens] for domain, s in sums.items()}
+            per_document = [[s.nll, s.hits, s.tokens] for s in scores]
+            (out / "scores.json").write_text(json.dumps({"domains": rows, "documents": per_document}))
+
+        place = f"scores/{name.replace(' ', '-')}"
+        folder = site.folder.keep(place, make, digests, site.data_key, site.sequence_length)
+        rows = json.loads((folder / "scores.json").read_text())["domains"]
+        return {domain: Score(*row) for domain, row in rows.items()}
+
+
+def as_metrics(scores: Mapping[str, Score]) -> Metrics:
+    """Scores by domain as they stand in the record."""
+    return Metrics(**_domain(total(dict(scores))), domains={k: DomainMetrics(**_domain(s)) for k, s in scores.items()})
+
+
+def mean_metrics(items: Sequence[Metrics]) -> Metrics:
+    """Mean of log-perplexity and accuracy over models; the perplexity is that of the mean log-perplexity."""
+
+    def mean(parts: Sequence[DomainMetrics]) -> dict[str, Any]:
+        nats = sum(p.log_perplexity for p in parts) / len(parts)
+        accuracy = sum(p.token_accuracy for p in parts) / len(parts)
+        return {"log_perplexity": nats, "perplexity": _exp(nats), "token_accuracy": accuracy, "tokens": parts[0].tokens}
+
+    domains = {name: DomainMetrics(**mean([m.domains[name] for m in items])) for name in items[0].domains}
+    return Metrics(**mean(items), domains=domains)
+
+
+def _domain(score: Score) -> dict[str, Any]:
+    return {
+        "log_perplexity": score.log_perplexity, "perplexity": score.perplexity,
+        "token_accuracy": score.token_accuracy, "tokens": score.tokens,
+    }  # fmt: skip
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+def _baselines(
+    config: RunConfig, site: Site, scorer: _Scorer, clusters: ClusterRecord | None, reference: Path | None
+) -> Baselines:
+    wanted, folder = config.evaluate, site.folder.path
+    proxies = students = devices = oracle = None
+    if wanted.proxies and (folder / "proxies").exists():
+        scored = [
+            (p, scorer.folder(f"proxy {p.folder.name}", p.folder)) for p in load_proxies(folder / "proxies")
+        ]  # fmt: skip
+        proxies = _group([
+            ModelMetrics(name=p.folder.name, cluster=p.cluster, architecture=p.architecture, metrics=as_metrics(s))
+            for p, s in scored
+        ])  # fmt: skip
+        best = {name: min((s[name] for _, s in scored), key=lambda s: s.log_perplexity) for name in scored[0][1]}
+        oracle = as_metrics(best)
+    if wanted.students and (folder / "experts").exists():
+        found = sorted((f for f in (folder / "experts").iterdir() if f.is_dir()), key=lambda f: int(f.name))
+        students = _group([
+            ModelMetrics(name=f"student {f.name}", cluster=int(f.name), metrics=as_metrics(scorer.folder(f"student {f.name}", f)))
+            for f in found
+        ])  # fmt: skip
+    if wanted.devices and (folder / "uploads").exists():
+        starts = {name: Path(path) for name, path in json.loads((folder / "initial.json").read_text()).items()}
+        devices = _group([
+            ModelMetrics(
+                name=card.id, cluster=clusters.labels.get(card.id) if clusters else None, architecture=card.model.name,
+                metrics=as_metrics(scorer.upload(card.id, path, starts[card.model.name])),
+            )
+            for card in site.cards if (path := folder / "uploads" / f"{card.id}.safetensors").exists()
+        ])  # fmt: skip
+    return Baselines(
+        public_only=as_metrics(scorer.folder("public only", reference)) if reference else None,
+        merged=as_metrics(scorer.folder("merged", folder / "merged")) if (folder / "merged").exists() else None,
+        proxies=proxies, students=students, devices=devices, oracle=oracle,
+    )  # fmt: skip
+
+
+def _group(items: list[ModelMetrics]) -> Group | None:
+    return Group(mean=mean_metrics([item.metrics for item in items]), items=items) if items else None
+
+
+def _devices(
+    config: RunConfig,
+    site: Site,
+    ledger: Ledger,
+    clusters: ClusterRecord | None,
+    telemetry: Mapping[str, tuple[float, int]],
+) -> list[DeviceRecord]:
+    vocabulary, length = site.data.vocab_size, site.sequence_length
+    shapes = {s.name: models.config_of(s, vocab_size=vocabulary, positions=length) for s in config.devices.models}
+    sent = ledger.by_device("up")
+    rows: list[DeviceRecord] = []
+    for card in site.cards:
+        corpus, shape = private_corpus(config, site.data, card.id), shapes[card.model.name]
+        seconds, peak = telemetry.get(card.id, (None, None))
+        tokens = np.bincount(corpus.domain_U, weights=corpus.lengths_U, minlength=len(corpus.domains))
+        rows.append(DeviceRecord(
+            id=card.id,
+            architecture=card.model.name,
+            parameters=memory.num_parameters(shape),
+            estimated_memory_bytes=memory.training_memory(shape, config.devices.training, length).total,
+            peak_memory_bytes=peak,
+            upload_bytes=sent.get(card.id, 0),
+            cluster=clusters.labels.get(card.id) if clusters else None,
+            documents=len(corpus),
+            tokens=corpus.num_tokens,
+            domains={name: int(t) for name, t in zip(corpus.domains, tokens, strict=True) if t},
+            seconds=seconds,
+        ))  # fmt: skip
+    return rows
+
+
+def read_clusters(folder: Path) -> ClusterRecord | None:
+    """`clusters.json` for the record, with a map of the devices: the two main axes of their embeddings."""
+    path = folder / "clusters.json"
+    if not path.exists():
+        return None
+    table = json.loads(path.read_text())
+    labels = {device: k for k, members in enumerate(table["members"]) for device in members}
+    embedding_ND = np.asarray(table["embedding"])
+    centred_ND = embedding_ND - embedding_ND.mean(0)
+    axes_NN, size_N, _ = np.linalg.svd(centred_ND, full_matrices=False)
+    flat_N2 = np.zeros((len(centred_ND), 2))
+    flat_N2[:, : min(2, len(size_N))] = (axes_NN * size_N)[:, :2]
+    return ClusterRecord(
+        num_clusters=len(table["members"]),
+        labels={device: labels[device] for device in table["device_ids"]},
+        similarity=table["similarity"],
+        projection=np.round(flat_N2, 4).tolist(),
+    )
+
+
+def _seconds(folder: RunFolder) -> dict[str, float]:
+    """How long each stage of the run folder took."""
+    names = sorted(str(path.parent.relative_to(folder.path)) for path in folder.path.rglob(".stage.json"))
+    return {name: folder.seconds(name) for name in names if not name.startswith(".partial")}
+
+
+def _merge_check(merged: Path) -> float | None:
+    path = merged / "merge.json"
+    return float(json.loads(path.read_text())["largest_logit_difference"]) if path.exists() else None
+
+
+def _curves(folder: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Every training's history, thinned: `history.json` holds rows of metrics, by training or for one training."""
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for path in sorted(folder.rglob("history.json")):
+        stage = str(path.parent.relative_to(folder))
+        history = json.loads(path.read_text())
+        trainings = history if isinstance(history, dict) else {"": history}
+        for training, rows in trainings.items():
+            name = f"{stage}/{training}" if training else stage
+            every = max(1, math.ceil(len(rows) / CURVE_POINTS))
+            thin = rows[::every]
+            curves[name] = {
+                metric: [(row["step"], row[metric]) for row in thin if metric in row]
+                for metric in sorted({key for row in thin for key in row} - {"step"})
+            }
+    return curves

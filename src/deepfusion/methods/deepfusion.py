@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepFusion (arXiv 2602.14301): cluster the uploads, average proxies, distil each into a student, merge, tune.
+
+Read `server` first: it is the paper's algorithm. Two recipes share it (method, section 10b): "paper" distils K
+independent students whose shared layers are averaged, "joint" trains the shared layers once for all domains.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+from transformers import PreTrainedConfig
+
+from deepfusion.artifacts import file_digest, key_of, write_atomic
+from deepfusion.data.mixed import MixedText
+from deepfusion.data.options import DataOptions
+from deepfusion.data.packing import PackedText, document_batches
+from deepfusion.data.prepare import load_corpus, write_corpus
+from deepfusion.devices import models
+from deepfusion.devices.device import Device
+from deepfusion.devices.fleet import FleetOptions
+from deepfusion.errors import ModelError
+from deepfusion.methods.base import Site, TargetOptions, methods, plugin
+from deepfusion.methods.exchange import WarmStart, answer_with_model, ask_everyone, collect_uploads, initial_models
+from deepfusion.moe import Family, families
+from deepfusion.stages import generate, merge, proxy, router, tune
+from deepfusion.stages.cluster import Clustering, clusterings, similarity
+from deepfusion.stages.distill import DistillOptions, Rule, distill, rules
+from deepfusion.stages.distill.base import Text
+from deepfusion.stages.embed import Embedding, embeddings
+from deepfusion.training import derive_seed
+from deepfusion.types import Batch, Call, Clusters, Corpus, Payload, Proxy, Upload
+
+DOMAIN_TEMPERATURE = 0.1
+"""Public document u is drawn for domain i with probability proportional to exp(cos(e_u, c_i) / 0.1)."""
+
+
+@methods.register("deepfusion")
+@dataclass(frozen=True, kw_only=True)
+class DeepFusion:
+    """One-shot federated distillation of unlike on-device models into one Mixture-of-Experts model.
+
+    Attributes:
+        recipe: "joint" trains shared layers once for all domains and merges exactly; "paper" trains K students.
+        warm_start: [warm_start] checkpoints that devices start from.
+        embed: [embed] how a device describes its text.
+        cluster: [cluster] how devices are grouped into domains.
+        proxy: [proxy] how a group's models are averaged.
+        generate: [generate] text that the teachers write.
+        distill: [distill] the rule that turns proxies into students.
+        distillation: [distillation] steps, loss weights and optimisation of phase II.
+        merge: [merge] how students become experts.
+        router: [router] how the router starts.
+        tune: [tune] how the merged model is tuned.
+    """
+
+    stages: ClassVar[tuple[str, ...]] = (
+        "data", "initial", "uploads", "clusters", "proxies", "generated", "experts", "merged", "moe",
+    )  # fmt: skip
+
+    recipe: Literal["joint", "paper"] = "joint"
+    warm_start: WarmStart = field(default_factory=WarmStart)
+    embed: Embedding = plugin(embeddings, "tfidf")
+    cluster: Clustering = plugin(clusterings)
+    proxy: proxy.ProxyOptions = field(default_factory=proxy.ProxyOptions)
+    generate: generate.GenerateOptions = field(default_factory=generate.GenerateOptions)
+    distill: Rule = plugin(rules, "vaa")
+    distillation: DistillOptions
+    merge: merge.MergeOptions = field(default_factory=merge.MergeOptions)
+    router: router.RouterOptions = field(default_factory=router.RouterOptions)
+    tune: tune.TuneOptions
+
+    # ------------------------------------------------------------------ the device's half
+
+    def client(self, device: Device, request: Payload) -> Payload:
+        """Train the device's own model, describe its text by an embedding, and answer with both."""
+        return answer_with_model(device, request, self.embed)
+
+    # ------------------------------------------------------------------ the server's half
+
+    def server(self, site: Site, call: Call) -> Path:
+        """Phases I, II and III (DeepFusion, Algorithm 1); returns the folder of the fused MoE."""
+        published = self.embed.publish(site.data.public, site.seed)
+        initials = initial_models(site, self.warm_start)
+        requests = ask_everyone(site, initials, published, send_weights=self.warm_start.steps > 0)
+        uploads = collect_uploads(site, call, requests, initials, self.embed.dimension, self.upload_key(site))
+
+        clusters = self.find_domains(site, uploads)
+        closeness_UK = self.embed.embed_documents(site.data.public, published, site.seed) @ clusters.centroid_KD.T
+        teachers = self.average(site, uploads, clusters, initials)
+        texts = self.domain_texts(site, closeness_UK, teachers)
+        experts = self.distil(site, teachers, texts)
+        merged = self.merge_students(site, experts, closeness_UK)
+        return self.tune_merged(site, merged, teachers, texts)
+
+    def upload_key(self, site: Site) -> str:
+        """Hash of all that the uploads depend on."""
+        return key_of(
+            "uploads", site.seed, site.data_key, site.fleet, self.warm_start, self.embed, site.sequence_length
+        )
+
+    def find_domains(self, site: Site, uploads: Sequence[Upload]) -> Clusters:
+        """Phase I: group the devices by the cosine of their embeddings; written to `clusters.json`."""
+        embedding_ND = np.stack([upload.embedding_D for upload in uploads])
+        clusters = self.cluster.assign(
+            embedding_ND,
+            tuple(upload.device_id for upload in uploads),
+            tuple(upload.architecture for upload in uploads),
+            seed=derive_seed(site.seed, "cluster"),
+            note=site.note,
+        )
+        write_clusters(clusters, embedding_ND, site.folder / "clusters.json")
+        site.reached("clusters")
+        return clusters
+
+    def average(
+        self, site: Site, uploads: Sequence[Upload], clusters: Clusters, initials: dict[str, Path]
+    ) -> list[list[Proxy]]:
+        """Phase I: one proxy for each domain and architecture, as a list of teachers for each domain."""
+
+        def make(folder: Path) -> None:
+            proxy.make_proxies(
+                uploads, clusters, options=self.proxy, initials=initials,
+                tokenizer_folder=site.data.tokenizer, out=folder, progress=site.progress,
+            )  # fmt: skip
+
+        digests = {upload.device_id: file_digest(upload.path) for upload in uploads}
+        folder = site.keep("proxies", make, self.proxy, digests, clusters.label_N.tolist())
+        proxies = proxy.load_proxies(folder)
+        return [[p for p in proxies if p.cluster == k] for k in range(clusters.num_clusters)]
+
+    def domain_texts(self, site: Site, closeness_UK: np.ndarray, teachers: Sequence[Sequence[Proxy]]) -> list[Text]:
+        """Each domain's training text: public documents near its centroid, mixed with what its teachers wrote."""
+        share, length = self.generate.share, site.sequence_length
+        texts: list[Text] = []
+        for k, domain_teachers in enumerate(teachers):
+            weights_U = np.exp(closeness_UK[:, k] / DOMAIN_TEMPERATURE) if self.distillation.text == "domain" else None
+            public = PackedText(site.data.public, length, derive_seed(site.seed, "text", k), weights_U)
+            if share:
+                written = PackedText(
+                    self.written(site, k, domain_teachers), length, derive_seed(site.seed, "written", k)
+                )
+                texts.append(MixedText(public, written, share))
+            else:
+                texts.append(public)
+        site.reached("generated")
+        return texts
+
+    def written(self, site: Site, domain: int, teachers: Sequence[Proxy]) -> Corpus:
+        """Text that a domain's teachers wrote."""
+
+        def make(folder: Path) -> None:
+            corpus = generate.sample(
+                teachers, domain=f"domain-{domain}", options=self.generate, sequence_length=site.sequence_length,
+                seed=site.seed, tokenizer_folder=site.data.tokenizer, progress=site.progress,
+            )  # fmt: skip
+            write_corpus(corpus, folder)
+
+        return load_corpus(site.keep(f"generated/{domain}", make, self.generate, site.folder.key("proxies")))
+
+    def distil(self, site: Site, teachers: Sequence[Sequence[Proxy]], texts: Sequence[Text]) -> list[Path]:
+        """Phase II: one student a domain, from one common base; returns their folders."""
+        family, target = self.target(site)
+        slices = self.merge.slices(len(teachers), family.num_experts(target))
+
+        def make(folder: Path) -> None:
+            distill(
+                self.base(site, slices), teachers, texts, family=family, target=target, slices=slices, rule=self.distill,
+                recipe=self.recipe, options=self.distillation, seed=derive_seed(site.seed, "distill"),
+                tokenizer_folder=site.data.tokenizer, scratch=site.folder.scratch("experts"), progress=site.progress,
+                out=folder,
+            )  # fmt: skip
+
+        parts = (
+            self.recipe,
+            self.distill,
+            self.distillation,
+            self.generate,
+            site.target,
+            slices,
+            site.folder.key("proxies"),
+        )
+        folder = site.keep("experts", make, *parts)
+        return [folder / str(k) for k in range(len(teachers))]
+
+    def base(self, site: Site, slices: int) -> Path:
+        """M_0: the one base model that all students start from (method, section 8)."""
+        family, target = self.target(site)
+
+        def make(folder: Path) -> None:
+            student = family.student_config(target, slices=slices)
+            models.save(models.from_config(student, derive_seed(site.seed, "base")), folder, site.data.tokenizer)
+
+        return site.keep("base", make, site.target, slices, site.data_key, site.sequence_length)
+
+    def merge_students(self, site: Site, students: Sequence[Path], closeness_UK: np.ndarray) -> Path:
+        """Phase III: students to experts, a router that knows the domains, and the proof that nothing was lost."""
+
+        def domain_batches() -> list[list[Batch]]:
+            nearest_KU = np.argsort(-closeness_UK.T, axis=1, kind="stable")[:, : self.router.documents]
+            return [
+                [batch for _, batch in document_batches(site.data.public.select(nearest), site.sequence_length)]
+                for nearest in nearest_KU
+            ]
+
+        return self.merged(site, "merged", students, domain_batches(), site.folder.key("experts"))
+
+    def merged(
+        self, site: Site, name: str, students: Sequence[Path], domain_batches: Sequence[Sequence[Batch]], *parts: object
+    ) -> Path:
+        """Merge `students` into the stage `name`; its `merge.json` holds the result of the check."""
+        family, target = self.target(site)
+        slices = self.merge.slices(len(students), family.num_experts(target))
+        seed = derive_seed(site.seed, name)
+
+        def make(folder: Path) -> None:
+            parts = merge.open_students(students, family=family, target=target, slices=slices)
+            start = router.random_router(target, family=family, seed=seed)
+            model = merge.merge(parts, start, family=family, target=target, options=self.merge, seed=seed)
+            if self.router.start == "prototype" and len(students) > 1:
+                start = router.prototype_router(
+                    model, domain_batches, family=family, slices=slices, options=self.router, seed=seed, note=site.note
+                )
+                model = merge.merge(parts, start, family=family, target=target, options=self.merge, seed=seed)
+            probes = [batches[0] for batches in domain_batches]
+            scale = merge.calibrate_scale(model, probes, family=family)
+            worst = max(merge.check_merge(model, parts, probe, family=family, options=self.merge) for probe in probes)
+            models.save(model, folder, site.data.tokenizer)
+            (folder / "merge.json").write_text(
+                json.dumps({"largest_logit_difference": worst, "routed_scaling_factor": scale})
+            )
+
+        return site.keep(name, make, self.merge, self.router, site.target, *parts)
+
+    def tune_merged(self, site: Site, merged: Path, teachers: Sequence[Sequence[Proxy]], texts: Sequence[Text]) -> Path:
+        """Phase III: tune the merged model on the domains' text, under their teachers."""
+        return self.tuned(site, "moe", merged, teachers, texts, site.folder.key("merged"), self.generate)
+
+    def tuned(
+        self,
+        site: Site,
+        name: str,
+        merged: Path,
+        teachers: Sequence[Sequence[Proxy]],
+        texts: Sequence[Text],
+        *parts: object,
+    ) -> Path:
+        """Tune the model of folder `merged` into the stage `name`."""
+        family, _ = self.target(site)
+
+        def make(folder: Path) -> None:
+            tune.tune(
+                merged, teachers, texts, family=family, options=self.tune, seed=derive_seed(site.seed, name),
+                tokenizer_folder=site.data.tokenizer, scratch=site.folder.scratch(name), progress=site.progress, out=folder,
+            )  # fmt: skip
+
+        return site.keep(name, make, self.tune, *parts)
+
+    # ------------------------------------------------------------------ what the fleet is worth
+
+    def reference(self, site: Site) -> Path:
+        """The same MoE from public text alone, with as many tokens: a base trained on it, copied to E experts, tuned.
+
+        One batch of the base's training is as large as those of all domains together.
+        """
+        family, target = self.target(site)
+        domains = len(json.loads((site.folder / "clusters.json").read_text())["members"])
+        text = PackedText(site.data.public, site.sequence_length, derive_seed(site.seed, "reference"))
+        optimisation = self.distillation.optimisation
+        options = replace(
+            self.distillation, optimisation=replace(optimisation, batch_size=domains * optimisation.batch_size)
+        )  # fmt: skip
+
+        def make(folder: Path) -> None:
+            distill(
+                self.base(site, 1), [[]], [text], family=family, target=target, rule=self.distill, recipe="joint",
+                options=options, seed=derive_seed(site.seed, "reference"), tokenizer_folder=site.data.tokenizer,
+                scratch=site.folder.scratch("reference/base"), progress=site.progress, out=folder,
+            )  # fmt: skip
+
+        parts = (self.distillation, domains, site.target, site.data_key, site.sequence_length)
+        base = site.folder.keep("reference/base", make, site.seed, *parts)
+        plain = replace(self, merge=replace(self.merge, fill="replicate"))
+        merged = plain.merged(site, "reference/merged", [base / "0"], [[text.batch(0, 8)]], parts)
+        return plain.tuned(site, "reference/moe", merged, [[]], [text], parts)
+
+    # ------------------------------------------------------------------ configuration
+
+    def target(self, site: Site) -> tuple[Family, PreTrainedConfig]:
+        """The target's family and full configuration."""
+        family = families[site.target.model_type]
+        return family, family.ready_target(
+            site.target.make(site.data.vocab_size, site.sequence_length, site.data.eos_id)
+        )  # fmt: skip
+
+    def faults_with(self, devices: FleetOptions, data: DataOptions, target: TargetOptions) -> Iterator[str]:
+        """See `Method.faults_with`."""
+        family = families[target.model_type]
+        size = devices.count + len(devices.named)
+        vocabulary = data.tokenizer.vocab_size or None
+        try:
+            config = family.ready_target(target.make(vocabulary, data.sequence_length, None))
+            wanted: object = getattr(self.cluster, "num_clusters", None)
+            if isinstance(wanted, int):
+                if wanted > size:
+                    yield f"[cluster] num_clusters = {wanted}: only {size} devices; lower num_clusters or raise [devices] count"
+                family.student_config(config, slices=self.merge.slices(wanted, family.num_experts(config)))
+        except ModelError as error:
+            yield str(error)
+
+
+def write_clusters(clusters: Clusters, embedding_ND: np.ndarray, path: Path) -> None:
+    """`clusters.json`: who is in which domain, and how alike the devices' texts are."""
+    table = {
+        "members": [clusters.members(k) for k in range(clusters.num_clusters)],
+        "device_ids": clusters.device_ids,
+        "similarity": np.round(similarity(embedding_ND), 4).tolist(),
+        "embedding": np.round(embedding_ND.astype(float), 5).tolist(),
+    }
+    write_atomic(path, json.dumps(table))

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one-shot exchange that model-uploading methods share: a starting checkpoint down, one trained model up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from deepfusion.artifacts import key_of, write_atomic
+from deepfusion.data.packing import PackedText
+from deepfusion.devices import models
+from deepfusion.devices.device import Device
+from deepfusion.devices.memory import num_parameters
+from deepfusion.federation.payload import check_embedding, check_metadata, check_state, read_metadata
+from deepfusion.federation.spool import Spool, collect
+from deepfusion.methods.base import Site
+from deepfusion.stages.embed import Embedding
+from deepfusion.stages.local import steps_for, train_causal_lm
+from deepfusion.stages.proxy import MODEL
+from deepfusion.training import Optimisation, derive_seed
+from deepfusion.types import Call, ModelSpec, Payload, State, Upload
+
+PUBLISHED = "published/"
+"""Prefix of what the server publishes for embeddings, in a request."""
+EMBEDDING = "embedding"
+"""Name of the embedding in an answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmStart:
+    """[warm_start]: each architecture is first trained on public text, once, and then sent to its devices.
+
+    Attributes:
+        steps: optimiser steps; 0 sends nothing down: a device builds its first weights from the run's seed.
+        training: [warm_start.training] how the checkpoints are optimised.
+    """
+
+    steps: int = 0
+    training: Optimisation = field(default_factory=Optimisation)
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with the values, and the cure."""
+        if self.steps < 0:
+            yield f"steps = {self.steps}: cannot be negative; 0 starts devices from random weights"
+
+
+def initial_models(site: Site, warm_start: WarmStart) -> dict[str, Path]:
+    """Folder of each architecture's first weights: from the seed, a folder or the hub, then warm-started.
+
+    Warm-started checkpoints are kept in `site.cache`, where other runs on the same public text find them.
+    """
+    folders: dict[str, Path] = {}
+    for spec in {card.model.name: card.model for card in site.cards}.values():
+        seed = derive_seed(site.seed, "initial", spec.name)
+        parts = (
+            spec,
+            seed,
+            warm_start,
+            site.data_key,
+            site.sequence_length,
+            version("deepfusion-moe"),
+            version("torch"),
+        )
+        name = f"initial/{spec.name}-{key_of(*parts)[:12]}"
+
+        def make(folder: Path, spec: ModelSpec = spec, seed: int = seed, name: str = name) -> None:
+            model = models.build(
+                spec,
+                vocab_size=site.data.vocab_size,
+                positions=site.sequence_length,
+                seed=seed,
+                eos_id=site.data.eos_id,
+                tokenizer_folder=site.data.tokenizer,
+            )
+            if warm_start.steps:
+                train_causal_lm(
+                    model,
+                    PackedText(site.data.public, site.sequence_length, seed),
+                    steps=warm_start.steps,
+                    optimisation=warm_start.training,
+                    seed=seed,
+                    label=f"warm start {spec.name}",
+                    scratch=site.cache.scratch(name),
+                    progress=site.progress,
+                )
+            models.save(model, folder, site.data.tokenizer)
+
+        keeper = site.cache if warm_start.steps else site.folder
+        folders[spec.name] = keeper.keep(name, make, *parts)
+    write_atomic(site.folder / "initial.json", json.dumps({name: str(path) for name, path in folders.items()}))
+    site.reached("initial")
+    return folders
+
+
+def ask_everyone(
+    site: Site, initials: Mapping[str, Path], published: State, *, send_weights: bool
+) -> dict[str, Payload]:
+    """One request a device: how to start its model, and what the server publishes for the embeddings."""
+    weights = (
+        {name: models.distinct_state(models.load(folder)) for name, folder in initials.items()} if send_weights else {}
+    )
+    requests: dict[str, Payload] = {}
+    for card in site.cards:
+        arrays = {PUBLISHED + name: tensor for name, tensor in published.items()}
+        arrays |= {MODEL + name: tensor for name, tensor in weights.get(card.model.name, {}).items()}
+        metadata: dict[str, str | int | float | bool] = {
+            "vocab_size": site.data.vocab_size,
+            "eos_id": site.data.eos_id,
+            "seed": derive_seed(site.seed, "initial", card.model.name),
+            "run_seed": site.seed,
+        }
+        requests[card.id] = Payload("init" if send_weights else "statistics", arrays, metadata)
+    return requests
+
+
+def answer_with_model(device: Device, request: Payload, embed: Embedding) -> Payload:
+    """On the device: start its own model as the request says, train it on its text, and answer with both."""
+    model = models.build(
+        device.model,
+        vocab_size=int(request.metadata["vocab_size"]),
+        positions=device.sequence_length,
+        seed=int(request.metadata["seed"]),
+        eos_id=int(request.metadata["eos_id"]),
+        tokenizer_folder=device.tokenizer,
+    )
+    if sent := _with_prefix(request, MODEL):
+        models.load_distinct(model, sent)
+    started_from = models.init_id(model)
+    steps = steps_for(device.corpus, device.sequence_length, device.training, device.epochs, device.max_steps)
+    history = train_causal_lm(
+        model,
+        PackedText(device.corpus, device.sequence_length, device.seed),
+        steps=steps,
+        optimisation=device.training,
+        seed=device.seed,
+        label=device.id,
+        scratch=device.scratch,
+    )
+    run_seed = int(request.metadata["run_seed"])
+    vector_D = embed.embed(device.corpus, _with_prefix(request, PUBLISHED), run_seed, noise_seed=device.seed)
+    arrays = {MODEL + name: tensor.detach().cpu() for name, tensor in models.distinct_state(model).items()}
+    arrays[EMBEDDING] = torch.from_numpy(vector_D).half()
+    return Payload("model", arrays, {
+        "device": device.id,
+        "architecture": device.model.name,
+        "init_id": started_from,
+        "documents": len(device.corpus),
+        "tokens": device.corpus.num_tokens,
+        "parameters": num_parameters(model.config),
+        "steps": steps,
+        "first_loss": round(history[0]["loss"], 4),
+        "last_loss": round(history[-1]["loss"], 4),
+    })  # fmt: skip
+
+
+def collect_uploads(
+    site: Site, call: Call, requests: Mapping[str, Payload], initials: Mapping[str, Path], embedding_size: int, key: str
+) -> list[Upload]:
+    """Ask the devices whose upload is not on the disk yet, check each arrival; the good ones in the fleet's order.
+
+    Args:
+        key: hash of what the uploads depend on; uploads of another key are thrown away.
+    """
+    starts = {name: models.load(folder) for name, folder in initials.items()}
+    shapes = {
+        name: {MODEL + key: t.to("meta") for key, t in models.distinct_state(m).items()} for name, m in starts.items()
+    }
+    start_ids = {name: models.init_id(model) for name, model in starts.items()}
+    del starts
+    architectures = {card.id: card.model.name for card in site.cards}
+
+    def check(device_id: str, payload: Payload) -> None:
+        name = architectures[device_id]
+        check_metadata(payload, device_id, name, start_ids[name])
+        check_state({k: t for k, t in payload.arrays.items() if k != EMBEDDING}, shapes[name], device_id)
+        check_embedding(payload, embedding_size, device_id)
+
+    spool = Spool(site.folder / "uploads", key)
+    have = collect(call, requests, spool, check)
+    for device_id, reason in spool.rejected().items():
+        site.note(f"upload of {device_id} was refused: {reason}")
+    site.reached("uploads")
+    return [read_upload(spool.path(device_id)) for device_id in have]
+
+
+def read_upload(path: Path) -> Upload:
+    """What the server knows of an upload in the spool; its model stays on the disk."""
+    metadata = read_metadata(path)
+    with safe_open(path, framework="pt") as file:
+        embedding_D = file.get_tensor(EMBEDDING).float().numpy()
+    return Upload(
+        device_id=str(metadata["device"]),
+        architecture=str(metadata["architecture"]),
+        init_id=str(metadata["init_id"]),
+        path=path,
+        embedding_D=embedding_D,
+        num_tokens=int(metadata["tokens"]),
+    )
+
+
+def _with_prefix(payload: Payload, prefix: str) -> State:
+    return {name.removeprefix(prefix): t for name, t in payload.arrays.items() if name.startswith(prefix)}

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run leaves to be compared: one JSON file with everything that was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from deepfusion.artifacts import write_atomic
+from deepfusion.errors import DataError
+
+SCHEMA = 1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+
+
+class DomainMetrics(_Part):
+    """Quality on one domain's test text."""
+
+    log_perplexity: float
+    perplexity: float
+    token_accuracy: float
+    tokens: int
+
+
+class Metrics(DomainMetrics):
+    """Quality on all test text, every counted token with the same weight, and on each domain."""
+
+    domains: dict[str, DomainMetrics]
+
+
+class ModelMetrics(_Part):
+    """One of several models of a kind.
+
+    Attributes:
+        name: device id, proxy or student.
+        cluster: its domain.
+        own: the test domain that it is best at.
+    """
+
+    name: str
+    cluster: int | None = None
+    architecture: str | None = None
+    metrics: Metrics
+
+
+class Group(_Part):
+    """Several models of a kind, and the mean over them (of log-perplexity and accuracy)."""
+
+    mean: Metrics
+    items: list[ModelMetrics]
+
+
+class Baselines(_Part):
+    """What the fused MoE is compared with.
+
+    Attributes:
+        public_only: the same MoE trained on public text alone, with the server's number of tokens.
+        merged: the MoE after the merge, before tuning.
+        proxies: the teachers.
+        students: the distilled single-expert models.
+        devices: the devices' own models.
+        oracle: every test domain scored by the proxy that is best at it.
+    """
+
+    public_only: Metrics | None = None
+    merged: Metrics | None = None
+    proxies: Group | None = None
+    students: Group | None = None
+    devices: Group | None = None
+    oracle: Metrics | None = None
+
+
+class LedgerTotals(_Part):
+    """Bytes that crossed the door."""
+
+    upload_bytes: int
+    download_bytes: int
+    init_bytes: int
+    total_bytes: int
+
+
+class DeviceRecord(_Part):
+    """One device."""
+
+    id: str
+    architecture: str
+    parameters: int
+    estimated_memory_bytes: int
+    peak_memory_bytes: int | None
+    upload_bytes: int
+    cluster: int | None
+    documents: int
+    tokens: int
+    domains: dict[str, int]
+    seconds: float | None
+
+
+class ClusterRecord(_Part):
+    """The domains that were found.
+
+    Attributes:
+        labels: domain of each device.
+        similarity: cosine of each pair of devices, in the order of `labels`.
+        projection: two coordinates of each device, for a map.
+    """
+
+    num_clusters: int
+    labels: dict[str, int]
+    similarity: list[list[float]]
+    projection: list[list[float]]
+
+
+class Record(_Part):
+    """Everything that a run measured."""
+
+    schema_version: int = SCHEMA
+    run_id: str
+    name: str
+    method: str
+    recipe: str | None
+    seed: int
+    started: str
+    metrics: Metrics
+    baselines: Baselines
+    ledger: LedgerTotals
+    devices: list[DeviceRecord]
+    clusters: ClusterRecord | None
+    seconds: dict[str, float]
+    versions: dict[str, str]
+    curves: dict[str, dict[str, list[tuple[float, float]]]]
+    expert_load: dict[str, list[float]]
+    expert_mutual_information: float
+    merge_check: float | None
+    notes: list[str]
+    failures: dict[str, str]
+    config: dict[str, Any]
+
+    def save(self, path: Path) -> None:
+        """Write the record as JSON, whole or not at all."""
+        write_atomic(path, self.model_dump_json(indent=1))
+
+    @classmethod
+    def load(cls, path: Path) -> Record:
+        """Read a record.
+
+        Raises:
+            DataError: there is none, or it was written by another version.
+        """
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise DataError(f"{path}: no record there; give a run folder that `deepfusion run` has finished") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise DataError(
+                f"{path}: not a record of this version ({place}: {first['msg']}); run again with --resume"
+            ) from error

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Charts as inline SVG: no script, no font, no network; colours come from the page so that dark mode works.
+
+Every mark has a `<title>`, which browsers show as a tooltip. All names are escaped: device and domain names are not ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from deepfusion.record import ClusterRecord
+
+COLOURS = 8
+"""Size of the page's palette: CSS classes c0 to c7 (Okabe and Ito, safe for colour-blind readers)."""
+
+
+def grouped_bars(groups: Sequence[str], series: Mapping[str, Sequence[float]], unit: str) -> str:
+    """One group of bars for each of `groups`, one bar in it for each of `series`; the axis starts at 0."""
+    bar, gap, height, left = 15, 24, 230, 52
+    width_of_group = bar * len(series) + gap
+    width = left + width_of_group * len(groups) + 10
+    top = max((v for values in series.values() for v in values if v < float("inf")), default=1.0) or 1.0
+    parts = [_grid(left, width, height, top)]
+    for g, group in enumerate(groups):
+        x0 = left + g * width_of_group + gap / 2
+        for s, (name, values) in enumerate(series.items()):
+            h = height * min(values[g], top) / top
+            title = f"{name}, {group}: {values[g]:.2f} {unit}"
+            parts.append(
+                f'<rect class="c{s % COLOURS}" x="{x0 + s * bar:.1f}" y="{height - h + 10:.1f}" width="{bar - 2}" '
+                f'height="{h:.1f}"><title>{escape(title)}</title></rect>'
+            )
+        middle = x0 + bar * len(series) / 2
+        parts.append(
+            f'<text class="tick" x="{middle:.1f}" y="{height + 28}" text-anchor="middle">{escape(_short(group))}</text>'
+        )
+    return _svg(width, height + 38, parts) + _legend(list(series))
+
+
+def lines(series: Mapping[str, Sequence[tuple[float, float]]], x_name: str, y_name: str) -> str:
+    """Curves over steps; the axes span the data."""
+    points = [p for curve in series.values() for p in curve if abs(p[1]) < float("inf")]
+    if not points:
+        return ""
+    width, height, left = 560, 230, 52
+    x_low, x_high = min(p[0] for p in points), max(p[0] for p in points)
+    y_low, y_high = min(p[1] for p in points), max(p[1] for p in points)
+    x_span, y_span = (x_high - x_low) or 1.0, (y_high - y_low) or 1.0
+    parts: list[str] = []
+    for i in range(5):
+        y, value = 10 + height * i / 4, y_high - y_span * i / 4
+        parts.append(f'<line class="grid" x1="{left}" x2="{width}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text class="tick" x="{left - 6}" y="{y + 4}" text-anchor="end">{value:.3g}</text>')
+    for s, (name, curve) in enumerate(series.items()):
+        path = " ".join(
+            f"{left + (width - left) * (x - x_low) / x_span:.1f},{10 + height * (y_high - y) / y_span:.1f}"
+            for x, y in curve if abs(y) < float("inf")
+        )  # fmt: skip
+        last = f"{name}: {curve[-1][1]:.4g} at the end"
+        parts.append(f'<polyline class="line s{s % COLOURS}" points="{path}"><title>{escape(last)}</title></polyline>')
+    parts.append(
+        f'<text class="tick" x="{width}" y="{height + 28}" text-anchor="end">{escape(x_name)} {x_high:.0f}</text>'
+    )
+    parts.append(f'<text class="tick" x="{left}" y="{height + 28}">{escape(y_name)}</text>')
+    return _svg(width, height + 36, parts) + _legend(list(series))
+
+
+def heat_map(
+    rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]], low: float, high: float
+) -> str:
+    """A cell for each pair; the stronger its colour, the nearer its value is to `high`."""
+    cell = 18 if len(columns) > 12 else 44
+    left = 8 + 7 * max(len(_short(r)) for r in rows)
+    parts: list[str] = []
+    for r, row in enumerate(rows):
+        parts.append(
+            f'<text class="tick" x="{left - 6}" y="{r * cell + cell / 2 + 4:.0f}" text-anchor="end">{escape(_short(row))}</text>'
+        )
+        for c, column in enumerate(columns):
+            value = values[r][c]
+            strength = min(1.0, max(0.0, (value - low) / ((high - low) or 1.0)))
+            parts.append(
+                f'<rect class="heat" x="{left + c * cell}" y="{r * cell}" width="{cell - 1}" height="{cell - 1}" '
+                f'fill-opacity="{strength:.3f}"><title>{escape(f"{row}, {column}: {value:.2f}")}</title></rect>'
+            )
+            if cell > 30:
+                parts.append(
+                    f'<text class="cell" x="{left + c * cell + cell / 2 - 0.5:.0f}" y="{r * cell + cell / 2 + 4:.0f}" '
+                    f'text-anchor="middle">{value:.2f}</text>'
+                )
+    height = len(rows) * cell
+    if cell > 30:
+        for c, column in enumerate(columns):
+            x = left + c * cell + cell / 2
+            parts.append(
+                f'<text class="tick" x="{x}" y="{height + 16}" text-anchor="middle">{escape(_short(column))}</text>'
+            )
+    return _svg(left + len(columns) * cell + 4, height + 24, parts)
+
+
+def cluster_map(clusters: ClusterRecord, architectures: Mapping[str, str]) -> str:
+    """Devices on the two main axes of their embeddings: colour is the domain, shape the architecture."""
+    width, height, edge = 420, 320, 24
+    xs, ys = [p[0] for p in clusters.projection], [p[1] for p in clusters.projection]
+    x_low, y_low = min(xs), min(ys)
+    x_span, y_span = (max(xs) - x_low) or 1.0, (max(ys) - y_low) or 1.0
+    kinds = sorted(set(architectures.values()))
+    parts = [f'<rect class="frame" x="0.5" y="0.5" width="{width - 1}" height="{height - 1}"/>']
+    for (device, label), x, y in zip(clusters.labels.items(), xs, ys, strict=True):
+        px = edge + (width - 2 * edge) * (x - x_low) / x_span
+        py = height - edge - (height - 2 * edge) * (y - y_low) / y_span
+        kind = kinds.index(architectures[device])
+        title = f"{device} ({architectures[device]}), domain {label}"
+        parts.append(f'<g class="c{label % COLOURS}">{_mark(kind, px, py)}<title>{escape(title)}</title></g>')
+    marks = "".join(
+        f'<span class="key"><svg width="14" height="14">{_mark(i, 7, 7)}</svg>{escape(kind)}</span>'
+        for i, kind in enumerate(kinds)
+    )
+    return (
+        _svg(width, height, parts)
+        + _legend([f"domain {k}" for k in range(clusters.num_clusters)])
+        + f'<p class="legend">{marks}</p>'
+    )
+
+
+def horizontal_bars(values: Mapping[str, float], text: Mapping[str, str]) -> str:
+    """One bar for each name, its length the value, `text` beside it."""
+    if not values:
+        return ""
+    row, left, width = 20, 12 + 7 * max(len(_short(n)) for n in values), 620
+    top = max(values.values()) or 1.0
+    parts: list[str] = []
+    for i, (name, value) in enumerate(values.items()):
+        w = (width - left - 110) * value / top
+        y = i * row
+        parts.append(f'<text class="tick" x="{left - 6}" y="{y + 14}" text-anchor="end">{escape(_short(name))}</text>')
+        parts.append(
+            f'<rect class="c0" x="{left}" y="{y + 3}" width="{max(w, 1):.1f}" height="{row - 6}">'
+            f"<title>{escape(f'{name}: {text[name]}')}</title></rect>"
+        )
+        parts.append(f'<text class="tick" x="{left + w + 6:.1f}" y="{y + 14}">{escape(text[name])}</text>')
+    return _svg(width, row * len(values) + 4, parts)
+
+
+def _mark(kind: int, x: float, y: float) -> str:
+    if kind % 4 == 0:
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6"/>'
+    if kind % 4 == 1:
+        return f'<rect x="{x - 5.5:.1f}" y="{y - 5.5:.1f}" width="11" height="11"/>'
+    corners = ((0, -7), (6.5, 5), (-6.5, 5)) if kind % 4 == 2 else ((0, -7.5), (7.5, 0), (0, 7.5), (-7.5, 0))
+    return f'<polygon points="{" ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in corners)}"/>'
+
+
+def _grid(left: float, width: float, height: float, top: float) -> str:
+    parts: list[str] = []
+    for i in range(5):
+        y = 10 + height * i / 4
+        parts.append(f'<line class="grid" x1="{left}" x2="{width}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text class="tick" x="{left - 6}" y="{y + 4}" text-anchor="end">{top * (4 - i) / 4:.3g}</text>')
+    return "".join(parts)
+
+
+def _svg(width: float, height: float, parts: Sequence[str]) -> str:
+    return f'<svg viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" role="img">{"".join(parts)}</svg>'
+
+
+def _legend(names: Sequence[str]) -> str:
+    keys = (f'<span class="key"><i class="b{i % COLOURS}"></i>{escape(name)}</span>' for i, name in enumerate(names))
+    return f'<p class="legend">{"".join(keys)}</p>'
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 24 else name[:23] + "…"

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run: prepare the data, check the fleet, let the method work, and measure what came out.
+
+Evaluation happens here and not in the methods, so that no method can measure itself differently from another.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from deepfusion.artifacts import RunFolder, key_of, write_atomic
+from deepfusion.config import RunConfig, to_toml
+from deepfusion.data.options import CorpusSource
+from deepfusion.data.prepare import PreparedData, corpus_from_source, load_prepared, prepare
+from deepfusion.data.sources import fingerprint
+from deepfusion.data.split import divide
+from deepfusion.devices import memory, models
+from deepfusion.devices.device import Device
+from deepfusion.devices.fleet import DeviceCard, cards, shared_ids
+from deepfusion.errors import ConfigError, MemoryLimitError, ResumeError
+from deepfusion.methods.base import Site
+from deepfusion.training import derive_seed
+from deepfusion.types import Corpus, Progress, silent
+
+CONFIG = "config.toml"
+
+
+@dataclass
+class Notes:
+    """Sentences for the record, each once, in the order in which they were said."""
+
+    sentences: list[str] = field(default_factory=list[str])
+
+    def __call__(self, sentence: str) -> None:
+        """Add a sentence."""
+        if sentence not in self.sentences:
+            self.sentences.append(sentence)
+
+
+def open_folder(config: RunConfig, path: Path, *, resume: bool) -> RunFolder:
+    """The run folder, with the resolved configuration in it.
+
+    Raises:
+        ResumeError: there is a run in it already and `resume` was not asked for.
+    """
+    if (path / CONFIG).exists() and not resume:
+        raise ResumeError(f"{path}: holds a run already; add --resume to go on with it, or choose another --out")
+    if path.exists() and not path.is_dir():
+        raise ResumeError(f"{path}: is a file; choose another --out")
+    folder = RunFolder(path)
+    write_atomic(path / CONFIG, to_toml(config))
+    return folder
+
+
+def check_until(config: RunConfig, until: str | None) -> None:
+    """Raise ConfigError unless `until` is None or one of the method's stages."""
+    if until is not None and until not in config.method.stages:
+        raise ConfigError(
+            [f"--until {until}: no such stage; choose one of {', '.join(config.method.stages)}"], "command line"
+        )
+
+
+def check_memory(config: RunConfig) -> None:
+    """Refuse, before any training, a device that cannot hold its model's training in its stated memory.
+
+    Raises:
+        MemoryLimitError: names every such device and says what would fit.
+    """
+    vocabulary, length = config.data.tokenizer.vocab_size, config.data.sequence_length
+    configs = {s.name: models.config_of(s, vocab_size=vocabulary, positions=length) for s in config.devices.models}
+    faults: list[str] = []
+    for card in cards(config.devices, config.seed):
+        model_config, limit = configs[card.model.name], card.memory_limit_bytes
+        need = memory.training_memory(model_config, config.devices.training, length).total
+        if limit is not None and need > limit:
+            cure = memory.what_would_fit(model_config, config.devices.training, length, limit, list(configs.items()))
+            faults.append(f"{card.id} ({card.model.name}) needs {memory.gib(need)} of {memory.gib(limit)}: {cure}")
+    if faults:
+        raise MemoryLimitError("devices whose training does not fit their memory:\n  " + "\n  ".join(faults))
+
+
+def prepare_data(config: RunConfig, folder: RunFolder, progress: Progress = silent) -> PreparedData:
+    """The run's text, tokenised; done once for the same text and options."""
+    options = config.data
+    path = folder.keep("data", lambda out: prepare(options, out, progress=progress), options, fingerprint(options))
+    return load_prepared(path)
+
+
+def make_site(
+    config: RunConfig,
+    folder: RunFolder,
+    data: PreparedData,
+    *,
+    progress: Progress = silent,
+    note: Callable[[str], None] = lambda sentence: None,
+    until: str | None = None,
+) -> Site:
+    """The server's side of the run."""
+    site = Site(
+        folder=folder,
+        fleet=config.devices,
+        cards=cards(config.devices, config.seed),
+        data=data,
+        data_key=folder.key("data") or "",
+        sequence_length=config.data.sequence_length,
+        target=config.target,
+        seed=config.seed,
+        cache=RunFolder(cache_folder()),
+        progress=progress,
+        note=note,
+        until=until,
+    )
+    site.reached("data")
+    return site
+
+
+def cache_folder() -> Path:
+    """Where warm-start checkpoints are shared between runs: $DEEPFUSION_CACHE, or ~/.cache/deepfusion."""
+    return Path(os.environ.get("DEEPFUSION_CACHE", "~/.cache/deepfusion")).expanduser()
+
+
+def make_device(config: RunConfig, folder: RunFolder, card: DeviceCard) -> Device:
+    """A device of a run on one machine, with its part of the private text or files of its own."""
+    data = load_prepared(folder / "data")
+    training = config.devices.training
+    key = key_of(card.model, config.devices, folder.key("data"), config.seed, config.data.sequence_length)
+    return Device(
+        id=card.id,
+        model=card.model,
+        corpus=private_corpus(config, data, card.id),
+        tokenizer=data.tokenizer,
+        sequence_length=config.data.sequence_length,
+        training=training,
+        epochs=config.devices.epochs,
+        max_steps=config.devices.max_steps,
+        memory_limit_bytes=card.memory_limit_bytes,
+        seed=derive_seed(config.seed, "device", card.id),
+        scratch=folder.path / ".partial" / f"device-{card.id}-{key[:12]}",
+    )
+
+
+def private_corpus(config: RunConfig, data: PreparedData, device_id: str) -> Corpus:
+    """The text of one device."""
+    fleet = config.devices
+    named = {device.id: device for device in fleet.named}
+    if device_id in named:
+        own = named[device_id]
+        source = CorpusSource(domain=own.domain, private=own.files, text=own.text, prompt=own.prompt, answer=own.answer)
+        return corpus_from_source(
+            source, "private", data.tokenizer, root=config.data.folder, counted=config.data.counted
+        )
+    parts = divide(data.private, shared_ids(fleet), alpha=fleet.alpha, sigma=fleet.sigma, seed=config.seed)
+    return data.private.select(parts[device_id])
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the results depend on."""
+    names = ("deepfusion-moe", "torch", "transformers", "flwr", "scikit-learn", "safetensors")
+    found = {name: version(name) for name in names}
+    return {
+        **found,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": str(torch.get_num_threads()),
+    }

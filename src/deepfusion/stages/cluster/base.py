@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a clustering is, and what every clustering needs: cosines, and a canonical order of the clusters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import scipy.sparse
+
+from deepfusion.registry import Registry
+from deepfusion.types import Clusters
+
+
+class Clustering(Protocol):
+    """Groups devices into knowledge domains by their embeddings."""
+
+    def assign(
+        self, embedding_ND: np.ndarray, device_ids: Sequence[str], architectures: Sequence[str], *,
+        seed: int, note: Callable[[str], None],
+    ) -> Clusters:  # fmt: skip
+        """A partition of the devices, no cluster empty.
+
+        Args:
+            embedding_ND: unit rows; all zero for a device without text, which joins the largest cluster.
+            architectures: each device's, for clusterings that keep architectures apart.
+            note: called with a sentence when less was possible than was asked for.
+        """
+        ...
+
+
+clusterings: Registry[Clustering] = Registry("cluster")
+
+
+def similarity(embedding_ND: np.ndarray) -> np.ndarray:
+    """Cosine of every pair of devices (DeepFusion, eq. 6): (N, N), symmetric, diagonal 1, entries in [-1, 1]."""
+    norm_N1 = np.linalg.norm(embedding_ND.astype(np.float64), axis=1, keepdims=True)
+    unit_ND = embedding_ND / np.where(norm_N1 > 0, norm_N1, 1)
+    cosine_NN = np.clip(unit_ND @ unit_ND.T, -1.0, 1.0)
+    cosine_NN = (cosine_NN + cosine_NN.T) / 2
+    np.fill_diagonal(cosine_NN, 1.0)
+    return cosine_NN
+
+
+def sum_by_cluster(points_ND: np.ndarray, label_N: np.ndarray, clusters: int) -> np.ndarray:
+    """Sum of each cluster's points, (K, D)."""
+    rows = np.arange(len(points_ND))
+    member_KN = scipy.sparse.csr_array((np.ones(len(rows)), (label_N, rows)), shape=(clusters, len(rows)))
+    return member_KN @ points_ND
+
+
+def make_clusters(device_ids: Sequence[str], label_N: np.ndarray, embedding_ND: np.ndarray) -> Clusters:
+    """Clusters ordered by their smallest member, so that no seed permutes the experts; with unit centroids."""
+    _, first = np.unique(label_N, return_index=True)
+    order = np.argsort(first)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    _, dense_N = np.unique(label_N, return_inverse=True)
+    label_N = rank[dense_N]
+    sums_KD = sum_by_cluster(embedding_ND.astype(np.float64), label_N, len(order))
+    norm_K1 = np.linalg.norm(sums_KD, axis=1, keepdims=True)
+    return Clusters(tuple(device_ids), label_N, sums_KD / np.where(norm_K1 > 0, norm_K1, 1))

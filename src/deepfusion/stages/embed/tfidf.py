@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hashed TF-IDF, centred on the public text and projected at random (method, section 4A). Needs no checkpoint.
+
+Centring is what makes it work: common words would otherwise outweigh all topics.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import scipy.sparse
+import torch
+from sklearn.feature_extraction.text import HashingVectorizer
+
+from deepfusion.stages.embed.base import embeddings, unit_rows
+from deepfusion.training import derive_seed
+from deepfusion.types import Corpus, State
+
+CHUNK = 4096
+"""Documents vectorised at a time: bounds the memory of the sparse matrix."""
+
+
+@embeddings.register("tfidf")
+@dataclass(frozen=True, kw_only=True)
+class HashedTfidf:
+    """Hashed TF-IDF of words and word pairs, centred and projected; no checkpoint needed.
+
+    Attributes:
+        dimension: numbers of the embedding, sent as float16; cosines are exact to about 1/sqrt(dimension).
+        hash_bits: words fall into 2^hash_bits buckets.
+        epsilon: privacy of each document in the embedding, (epsilon, delta)-DP; left out: no noise. It protects the
+            embedding only, never the uploaded weights.
+        delta: the other half of the privacy guarantee.
+        clip: longest projected document before noise is added.
+    """
+
+    dimension: int = 64
+    hash_bits: int = 15
+    epsilon: float | None = None
+    delta: float = 1e-5
+    clip: float = 1.5
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with the values, and the cure."""
+        if self.dimension < 2:
+            yield f"dimension = {self.dimension}: too small to tell domains apart; choose at least 2 (64 is usual)"
+        if not 8 <= self.hash_bits <= 22:
+            yield f"hash_bits = {self.hash_bits}: choose a number from 8 to 22"
+        if self.epsilon is not None and not 0 < self.epsilon <= 1:
+            yield f"epsilon = {self.epsilon}: the guarantee holds from 0 to 1; choose such a number or remove it"
+        if not 0 < self.delta < 1:
+            yield f"delta = {self.delta}: choose a number between 0 and 1, such as 1e-5"
+        if self.clip <= 0:
+            yield f"clip = {self.clip}: must be positive"
+
+    def publish(self, public: Corpus, seed: int) -> State:
+        """Inverse document frequencies and the mean document of the public text, (2^hash_bits,) each, float16."""
+        counts, documents = np.zeros(2**self.hash_bits), 0
+        for chunk in self._frequencies(public):
+            counts += np.asarray((chunk != 0).sum(0)).ravel()
+            documents += chunk.shape[0]
+        idf = np.log((1 + documents) / (1 + counts)) + 1
+        idf = torch.from_numpy(idf).half()
+        return {"idf": idf, "mean": torch.from_numpy(self._mean(public, idf.double().numpy())).half()}
+
+    def embed(self, corpus: Corpus, published: State, seed: int, noise_seed: int) -> np.ndarray:
+        """See `Embedding.embed`."""
+        idf, mean = (published[name].double().numpy() for name in ("idf", "mean"))
+        projection_HD = self._projection(seed)
+        if self.epsilon is None:
+            found = self._mean(corpus, idf)
+            vector_D = (found - mean) @ projection_HD if found.any() else np.zeros(self.dimension)
+        else:
+            rows_UD = np.concatenate([(x @ projection_HD) - mean @ projection_HD for x in self._weighted(corpus, idf)])
+            norm_U1 = np.maximum(np.linalg.norm(rows_UD, axis=1, keepdims=True), 1e-12)
+            clipped_UD = rows_UD * np.minimum(1.0, self.clip / norm_U1)
+            deviation = 2 * self.clip / len(rows_UD) * math.sqrt(2 * math.log(1.25 / self.delta)) / self.epsilon
+            noise_D = np.random.default_rng(derive_seed(noise_seed, "dp")).normal(0.0, deviation, self.dimension)
+            vector_D = clipped_UD.mean(0) + noise_D
+        return unit_rows(vector_D).astype(np.float16).astype(np.float32)
+
+    def embed_documents(self, corpus: Corpus, published: State, seed: int) -> np.ndarray:
+        """See `Embedding.embed_documents`."""
+        idf, mean = (published[name].double().numpy() for name in ("idf", "mean"))
+        projection_HD = self._projection(seed)
+        centre_D = mean @ projection_HD
+        rows = [unit_rows((x @ projection_HD) - centre_D) for x in self._weighted(corpus, idf)]
+        return np.concatenate([np.empty((0, self.dimension)), *rows])
+
+    def _frequencies(self, corpus: Corpus) -> Iterator[Any]:
+        """Signed word counts of the documents as sparse rows, a chunk at a time. Murmur hashes: fixed for ever."""
+        vectorizer = cast(Any, HashingVectorizer)(
+            n_features=2**self.hash_bits, ngram_range=(1, 2), alternate_sign=True, norm=None,
+            lowercase=True, preprocessor=_normalise, dtype=np.float64,
+        )  # fmt: skip
+        for begin in range(0, len(corpus), CHUNK):
+            texts = [corpus.text(index) for index in range(begin, min(begin + CHUNK, len(corpus)))]
+            yield vectorizer.transform(texts)
+
+    def _weighted(self, corpus: Corpus, idf: np.ndarray) -> Iterator[Any]:
+        """Unit TF-IDF rows with sublinear term frequency."""
+        for chunk in self._frequencies(corpus):
+            chunk.data = np.sign(chunk.data) * (1 + np.log(np.maximum(np.abs(chunk.data), 1)))
+            weighted = chunk @ scipy.sparse.diags(idf)
+            norms = np.sqrt(np.asarray(weighted.multiply(weighted).sum(1)).ravel())
+            yield scipy.sparse.diags(np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0)) @ weighted
+
+    def _mean(self, corpus: Corpus, idf: np.ndarray) -> np.ndarray:
+        total, documents = np.zeros(2**self.hash_bits), 0
+        for chunk in self._weighted(corpus, idf):
+            total += np.asarray(chunk.sum(0)).ravel()
+            documents += int((np.asarray(chunk.getnnz(axis=1)) > 0).sum())
+        return total / max(documents, 1)
+
+    def _projection(self, seed: int) -> np.ndarray:
+        """R of section 4: signs over sqrt(dimension), (2^hash_bits, dimension), made from the seed by everyone alike."""
+        signs = np.random.default_rng(derive_seed(seed, "projection")).integers(
+            0, 2, (2**self.hash_bits, self.dimension)
+        )
+        return (2.0 * signs - 1.0) / math.sqrt(self.dimension)
+
+
+def _normalise(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).lower()

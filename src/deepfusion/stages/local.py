@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens on a device: its own model is trained on its own text with plain cross-entropy (DeepFusion, eq. 2)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from deepfusion.data.packing import PackedText
+from deepfusion.devices.features import forward
+from deepfusion.losses import next_token_losses
+from deepfusion.training import Checkpoint, Optimisation, accelerator, fit
+from deepfusion.types import Corpus, Progress, silent
+
+
+def steps_for(
+    corpus: Corpus, sequence_length: int, optimisation: Optimisation, epochs: float, max_steps: int | None
+) -> int:
+    """Optimiser steps that read `corpus` `epochs` times, at least 1 and at most `max_steps`."""
+    sequences = epochs * corpus.num_tokens / sequence_length
+    steps = max(1, math.ceil(sequences / (optimisation.batch_size * optimisation.accumulate)))
+    return steps if max_steps is None else min(steps, max_steps)
+
+
+def train_causal_lm(
+    model: PreTrainedModel,
+    text: PackedText,
+    *,
+    steps: int,
+    optimisation: Optimisation,
+    seed: int,
+    label: str,
+    scratch: Path | None = None,
+    progress: Progress = silent,
+) -> list[dict[str, float]]:
+    """Train `model` in place on `text` by next-token cross-entropy over counted tokens; returns the history.
+
+    Used on a device for its private text and on the server for warm starts on public text.
+    """
+    compute = accelerator(optimisation.precision)
+    model.to(compute.device).train()
+    if optimisation.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    micro = optimisation.batch_size
+
+    def backward(step: int) -> dict[str, float]:
+        loss_sum = 0.0
+        for part in range(optimisation.accumulate):
+            batch = text.batch(step * optimisation.accumulate + part, micro).to(compute.device)
+            with compute.autocast():
+                logits_BTV = forward(model, batch).logits_BTV
+            loss, _ = next_token_losses(logits_BTV, [], batch, temperature=1.0)
+            compute.backward(loss / optimisation.accumulate)
+            loss_sum += float(loss.detach())
+        return {"loss": loss_sum / optimisation.accumulate}
+
+    history = fit(
+        dict(model.named_parameters()),
+        backward,
+        steps=steps,
+        optimisation=optimisation,
+        seed=seed,
+        label=label,
+        tokens_per_step=micro * optimisation.accumulate * text.sequence_length,
+        progress=progress,
+        checkpoint=Checkpoint(scratch / "training.safetensors") if scratch else None,
+    )
+    if optimisation.gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+    model.eval()
+    return history

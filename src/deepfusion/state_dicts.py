@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Averages of models as a stream, and checks of what is in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from deepfusion.errors import ModelError
+from deepfusion.types import State
+
+
+def check_finite(state: Mapping[str, torch.Tensor], source: str) -> None:
+    """Raise ModelError naming `source` and the tensor when a number in `state` is not finite."""
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"{source}: tensor {name} holds NaN or infinity; train that model again with a lower rate")
+
+
+def average(states: Iterable[tuple[str, Mapping[str, torch.Tensor], float]]) -> State:
+    """Weighted mean of models that come one after another; one accumulator is held, whatever their number.
+
+    Sums are taken in float64, so that equal models give that very model, bit for bit, and the order does not matter
+    beyond the last digit. Integer buffers are copied from the first model.
+
+    Args:
+        states: (name for messages, state, positive weight) of each model.
+
+    Raises:
+        ModelError: no model, numbers that are not finite, or names, shapes or types that differ.
+    """
+    sums: State = {}
+    first: dict[str, tuple[torch.Size, torch.dtype]] = {}
+    total, reference = 0.0, ""
+    for source, state, weight in states:
+        check_finite(state, source)
+        found = {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
+        if not first:
+            first, reference = found, source
+        elif found != first:
+            raise ModelError(_difference(found, first, source, reference))
+        for name, tensor in state.items():
+            if not tensor.is_floating_point():
+                sums.setdefault(name, tensor.clone())
+            elif name in sums:
+                sums[name].add_(tensor.double(), alpha=weight)
+            else:
+                sums[name] = tensor.double() * weight
+        total += weight
+    if not first:
+        raise ModelError("no model to average; at least one is needed")
+    return {name: (s / total if s.is_floating_point() else s).to(first[name][1]) for name, s in sums.items()}
+
+
+def _difference(found: Mapping[str, object], first: Mapping[str, object], source: str, reference: str) -> str:
+    name = next(n for n in sorted({*found, *first}) if found.get(n) != first.get(n))
+    return (
+        f"{source} cannot be averaged with {reference}: tensor {name} is {found.get(name, 'missing')} in the one and "
+        f"{first.get(name, 'missing')} in the other; average only models of one architecture"
+    )
