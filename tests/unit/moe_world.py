@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from deepfusion.devices.features import forward
 from deepfusion.devices.models import from_config
 from deepfusion.moe import Family, families
 from deepfusion.stages.merge import MergeOptions, Students, merge, open_students
@@ -76,6 +77,12 @@ def merged_from(
     students = open_students(paths, family=family, target=target, slices=slices)
     start = router or random_router(target, family=family, seed=seed)
     return merge(students, start, family=family, target=target, options=chosen, seed=seed), students, chosen
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Logits of the tokens that are not padding: (valid tokens, V)."""
+    return forward(model, batch).logits_BTV[batch.valid_BT]
 
 
 def equal(left: State, right: State) -> bool:
