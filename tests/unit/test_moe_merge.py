@@ -104,6 +104,16 @@ def test_split_with_all_experts_and_a_uniform_gate_equals_the_base(name: str, tm
 
 
 @pytest.mark.parametrize("name", EVERY)
+def test_tied_embeddings_stay_tied(name: str, tmp_path: Path) -> None:
+    family, target, batch = families[name], make_target(name, tie_word_embeddings=True), make_batch()
+    moe, students, options = merged_from(write_students(tmp_path, family, target, [1, 2]), family, target)
+    assert moe.get_output_embeddings().weight is moe.get_input_embeddings().weight
+    assert check_merge(moe, students, batch, family=family, options=options) < 1e-5
+    moe.save_pretrained(tmp_path / "moe")
+    torch.testing.assert_close(logits_of(load(tmp_path / "moe"), batch), logits_of(moe, batch), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_shared_layers_of_identical_students_are_theirs_bit_for_bit(name: str, tmp_path: Path) -> None:
     family, target = families[name], make_target(name)
     paths = write_students(tmp_path, family, target, [7, 7, 7])
