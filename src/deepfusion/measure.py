@@ -32,6 +32,7 @@ from deepfusion.record import (
 from deepfusion.run import Notes, private_corpus, versions
 from deepfusion.stages.evaluate import Score, by_domain, expert_load, mutual_information, score_documents, total
 from deepfusion.stages.proxy import load_proxies, read_model
+from deepfusion.state_dicts import load_distinct
 
 CURVE_POINTS = 400
 """Longest curve in the record; longer ones are thinned."""
@@ -96,7 +97,7 @@ class _Scorer:
 
         def load() -> Any:
             model = models.load(start)
-            models.load_distinct(model, read_model(path))
+            load_distinct(model, read_model(path))
             return model
 
         return self._kept(f"device {device_id}", [file_digest(path)], load)

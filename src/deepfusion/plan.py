@@ -75,8 +75,7 @@ def make_plan(config: RunConfig) -> Plan:
     Raises:
         ModelError: an architecture's configuration is not known without network.
     """
-    method = config.method
-    assert isinstance(method, DeepFusion)
+    method = _method(config)
     length, vocabulary = config.data.sequence_length, config.data.tokenizer.vocab_size
     fleet = Counter(card.model.name for card in cards(config.devices, config.seed))
     published = 2 * 2 * 2**method.embed.hash_bits if isinstance(method.embed, HashedTfidf) else 0
@@ -107,6 +106,11 @@ def make_plan(config: RunConfig) -> Plan:
     )
 
 
+def _method(config: RunConfig) -> DeepFusion:
+    assert isinstance(config.method, DeepFusion)
+    return config.method
+
+
 def _architecture(config: RunConfig, name: str, count: int, published: int) -> ArchitecturePlan:
     spec = next(spec for spec in config.devices.models if spec.name == name)
     length, vocabulary = config.data.sequence_length, config.data.tokenizer.vocab_size
@@ -115,8 +119,7 @@ def _architecture(config: RunConfig, name: str, count: int, published: int) -> A
     limit = None if config.devices.memory_limit_gib is None else int(config.devices.memory_limit_gib * 2**30)
     too_much = limit is not None and need > limit
     others = [(s.name, models.config_of(s, vocab_size=vocabulary, positions=length)) for s in config.devices.models]
-    method = config.method
-    assert isinstance(method, DeepFusion)
+    method = _method(config)
     sent = memory.upload_bytes(shape)
     return ArchitecturePlan(
         name=name,

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from deepfusion.errors import ConfigError
 
 T = TypeVar("T")
+C = TypeVar("C")
 
 
 def did_you_mean(word: str, known: Iterator[str] | tuple[str, ...]) -> str:
@@ -25,12 +26,12 @@ class Registry(Generic[T]):
         self.section = section
         self._classes: dict[str, type[T]] = {}
 
-    def register(self, name: str) -> Callable[[type[T]], type[T]]:
+    def register(self, name: str) -> Callable[[type[C]], type[C]]:
         """Class decorator: make the class available as `type = name`."""
 
-        def add(cls: type[T]) -> type[T]:
+        def add(cls: type[C]) -> type[C]:
             assert name not in self._classes, f"{self.section}: {name} is registered twice"
-            self._classes[name] = cls
+            self._classes[name] = cast("type[T]", cls)
             return cls
 
         return add

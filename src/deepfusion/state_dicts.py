@@ -59,3 +59,22 @@ def _difference(found: Mapping[str, object], first: Mapping[str, object], source
         f"{source} cannot be averaged with {reference}: tensor {name} is {found.get(name, 'missing')} in the one and "
         f"{first.get(name, 'missing')} in the other; average only models of one architecture"
     )
+
+
+def distinct_state(model: torch.nn.Module) -> State:
+    """The state dict with tied tensors once, under their first name: what is sent, and what is counted."""
+    seen: set[tuple[int, torch.Size]] = set()
+    state: State = {}
+    for name, tensor in model.state_dict().items():
+        place = (tensor.data_ptr(), tensor.shape)
+        if place not in seen:
+            seen.add(place)
+            state[name] = tensor
+    return state
+
+
+def load_distinct(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Put the tensors of `distinct_state` into a model of the same architecture; what is tied to them follows."""
+    expected = distinct_state(model)
+    assert expected.keys() == state.keys(), sorted(expected.keys() ^ state.keys())
+    model.load_state_dict(dict(state), strict=False)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -76,17 +77,17 @@ class FleetOptions:
         """What is wrong with the values, and the cure."""
         if self.count < 0 or self.count + len(self.named) < 1:
             yield f"count = {self.count}: a fleet needs at least one device; raise count or add [[devices.named]]"
-        if self.alpha <= 0:
+        if not self.alpha > 0:
             yield f"alpha = {self.alpha}: must be positive; 0.5 is one-sided, inf is even"
-        if self.sigma < 0:
-            yield f"sigma = {self.sigma}: must not be negative; 0 makes the devices' corpora equal in size"
-        if self.epochs <= 0:
-            yield f"epochs = {self.epochs}: no device would train; choose a positive number"
+        if not 0 <= self.sigma < math.inf:
+            yield f"sigma = {self.sigma}: must be a number from 0 on; 0 makes the devices' corpora equal in size"
+        if not 0 < self.epochs < math.inf:
+            yield f"epochs = {self.epochs}: devices would train for ever or never; choose a positive number"
         if self.max_steps is not None and self.max_steps < 1:
             yield f"max_steps = {self.max_steps}: no device would train; choose at least 1 or remove it"
         if self.threads < 1:
             yield f"threads = {self.threads}: choose at least 1"
-        if self.memory_limit_gib is not None and self.memory_limit_gib <= 0:
+        if self.memory_limit_gib is not None and not self.memory_limit_gib > 0:
             yield f"memory_limit_gib = {self.memory_limit_gib}: must be positive; remove it for no limit"
         yield from self._model_faults()
         yield from self._named_faults()
@@ -109,8 +110,8 @@ class FleetOptions:
             if spec.preset is not None and spec.preset not in PRESETS:
                 hint = did_you_mean(spec.preset, tuple(PRESETS))
                 yield f'models: "{spec.name}": preset = "{spec.preset}": unknown{hint}; see `deepfusion list`'
-            if spec.share <= 0:
-                yield f'models: "{spec.name}": share = {spec.share}: must be positive; remove the section for no device'
+            if not 0 < spec.share < math.inf:
+                yield f'models: "{spec.name}": share = {spec.share}: must be a positive number; remove the section for no device'
 
     def _named_faults(self) -> Iterator[str]:
         models = {spec.name for spec in self.models}
@@ -125,6 +126,9 @@ class FleetOptions:
                 yield f'named: "{device.id}": model = "{device.model}": not in [[devices.models]]{hint}; name one of them'
             if not device.files:
                 yield f'named: "{device.id}": files = []: no text; give at least one path'
+            if device.memory_limit_gib is not None and not device.memory_limit_gib > 0:
+                limit = device.memory_limit_gib
+                yield f'named: "{device.id}": memory_limit_gib = {limit}: must be positive; remove it for the fleet\'s limit'
 
 
 @dataclass(frozen=True)

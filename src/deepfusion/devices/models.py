@@ -29,7 +29,7 @@ from deepfusion.registry import did_you_mean
 from deepfusion.types import ModelSpec
 
 POSITION_KEYS = ("max_position_embeddings", "n_positions")
-UNSET = ("eos_token_id", "bos_token_id", "pad_token_id")
+SPECIAL_KEYS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 
 def make_config(
@@ -60,7 +60,7 @@ def make_config(
         if key in known and key not in config_class.attribute_map:
             keys[key] = max(int(keys.get(key, 0)), positions)
     if vocab_size is not None:
-        keys |= {"vocab_size": vocab_size, **dict.fromkeys(UNSET)}
+        keys |= {"vocab_size": vocab_size, **dict.fromkeys(SPECIAL_KEYS)}
     if eos_id is not None:
         keys |= {"eos_token_id": eos_id, "bos_token_id": eos_id, "pad_token_id": None}
     try:
@@ -86,10 +86,9 @@ def config_of(
     preset = _preset_of(spec)
     try:
         if preset is not None:
+            least = positions if preset.hub is None else 1  # a trained model's reach is what it is
             values = {**preset.config, **spec.config}
-            config = make_config(values, vocab_size=vocab_size, positions=1, eos_id=eos_id)
-            if preset.hub is None:
-                config = make_config(values, vocab_size=vocab_size, positions=positions, eos_id=eos_id)
+            config = make_config(values, vocab_size=vocab_size, positions=least, eos_id=eos_id)
         else:
             config = _with_overrides(_read_config(spec.folder or spec.hub or ""), spec.config)
             if vocab_size is not None:
@@ -148,17 +147,23 @@ def load(source: str | Path, config: Mapping[str, Any] | None = None) -> PreTrai
     """
     own = _with_overrides(_read_config(source), config or {})
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source, config=own, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=own,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         cure = "give a causal LM with safetensors weights, by folder or hub name"
         raise ModelError(f"{source}: cannot be opened as a causal LM: {_reason(error)}; {cure}") from error
+    model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     missing = sorted(info["missing_keys"])
     if missing:
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise ModelError(f"{source}: {len(missing)} weights are missing ({names}); save the whole model again")
-    return cast(PreTrainedModel, model).eval()
+    return model.eval()
 
 
 def save(model: PreTrainedModel, folder: Path, tokenizer_folder: Path) -> None:
@@ -202,13 +207,17 @@ def _check_heads(config: PreTrainedConfig) -> None:
     """Transformers reports heads that do not divide the width deep inside a layer, or not at all."""
     width, heads = int(config.hidden_size), int(config.num_attention_heads)
     if getattr(config, "head_dim", None) is None and width % heads:
-        raise ModelError(f"{config.model_type}: {heads} attention heads do not divide the width {width}; change one of them")
+        raise ModelError(
+            f"{config.model_type}: {heads} attention heads do not divide the width {width}; change one of them"
+        )
 
 
 def _check_reach(config: PreTrainedConfig, positions: int) -> None:
     reach = min((int(getattr(config, key)) for key in POSITION_KEYS if getattr(config, key, None)), default=positions)
     if reach < positions:
-        raise ModelError(f"reaches {reach} positions, fewer than [data] sequence_length = {positions}; lower that to {reach}")
+        raise ModelError(
+            f"reaches {reach} positions, fewer than [data] sequence_length = {positions}; lower that to {reach}"
+        )
 
 
 def _with_overrides(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:

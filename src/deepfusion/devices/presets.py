@@ -98,7 +98,7 @@ PRESETS: dict[str, Preset] = {
         "TinyLlama, 1.1B",
         {
             **_llama(2048, 22, 32, 5632), "num_key_value_heads": 4, "vocab_size": 32000, "tie_word_embeddings": False,
-            "max_position_embeddings": 2048,
+            "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
         },
         "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
     ),
@@ -116,8 +116,8 @@ PRESETS: dict[str, Preset] = {
         },
         "Qwen/Qwen1.5-MoE-A2.7B",
     ),
-    # The published model has plain multi-head attention and code of its own; the native family nearest to it is V2, whose
-    # latent attention we size so that the parameter count stays at 16.4 billion.
+    # The published model has plain multi-head attention and brings code of its own; the native family nearest to it is V2.
+    # Its latent attention is sized so that the model has 16.365 billion parameters, where the published one has 16.376.
     "deepseek-moe-16b": Preset(
         "DeepSeekMoE, 16.4B, 64 experts, top-6, as deepseek_v2",
         {

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch.nn.functional import embedding_bag
@@ -26,11 +26,10 @@ def transfer_vocabulary(
     """
     pieces = spelling(old, new)[:vocab_size]
     pieces += [[]] * (vocab_size - len(pieces))
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    carried = [_means(cast(torch.Tensor, layer.weight), pieces) for layer in (inputs, outputs)]
+    carried = [_means(table_VH, pieces) for table_VH in _tables(model)]
     model.resize_token_embeddings(vocab_size, mean_resizing=False)
-    for layer, rows_VH in zip((model.get_input_embeddings(), model.get_output_embeddings()), carried, strict=True):
-        cast(torch.Tensor, layer.weight).copy_(rows_VH)
+    for table_VH, rows_VH in zip(_tables(model), carried, strict=True):
+        table_VH.copy_(rows_VH)
 
 
 def spelling(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -53,6 +52,11 @@ def spelling(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase) -> list
             joined = anchored[: len(start)] != start  # the anchor grew together with the text
             pieces.append(list(old.encode(text, add_special_tokens=False)) if joined else anchored[len(start) :])
     return pieces
+
+
+def _tables(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights of the input embeddings and of the output head: one tensor twice when they are tied."""
+    return cast(Any, model.get_input_embeddings()).weight, cast(Any, model.get_output_embeddings()).weight
 
 
 def _means(table_VH: torch.Tensor, pieces: list[list[int]]) -> torch.Tensor:

@@ -23,6 +23,7 @@ from deepfusion.methods.base import Site
 from deepfusion.stages.embed import Embedding
 from deepfusion.stages.local import steps_for, train_causal_lm
 from deepfusion.stages.proxy import MODEL
+from deepfusion.state_dicts import distinct_state, load_distinct
 from deepfusion.training import Optimisation, derive_seed
 from deepfusion.types import Call, ModelSpec, Payload, State, Upload
 
@@ -102,9 +103,7 @@ def ask_everyone(
     site: Site, initials: Mapping[str, Path], published: State, *, send_weights: bool
 ) -> dict[str, Payload]:
     """One request a device: how to start its model, and what the server publishes for the embeddings."""
-    weights = (
-        {name: models.distinct_state(models.load(folder)) for name, folder in initials.items()} if send_weights else {}
-    )
+    weights = {name: distinct_state(models.load(folder)) for name, folder in initials.items()} if send_weights else {}
     requests: dict[str, Payload] = {}
     for card in site.cards:
         arrays = {PUBLISHED + name: tensor for name, tensor in published.items()}
@@ -130,7 +129,7 @@ def answer_with_model(device: Device, request: Payload, embed: Embedding) -> Pay
         tokenizer_folder=device.tokenizer,
     )
     if sent := _with_prefix(request, MODEL):
-        models.load_distinct(model, sent)
+        load_distinct(model, sent)
     started_from = models.init_id(model)
     steps = steps_for(device.corpus, device.sequence_length, device.training, device.epochs, device.max_steps)
     history = train_causal_lm(
@@ -144,7 +143,7 @@ def answer_with_model(device: Device, request: Payload, embed: Embedding) -> Pay
     )
     run_seed = int(request.metadata["run_seed"])
     vector_D = embed.embed(device.corpus, _with_prefix(request, PUBLISHED), run_seed, noise_seed=device.seed)
-    arrays = {MODEL + name: tensor.detach().cpu() for name, tensor in models.distinct_state(model).items()}
+    arrays = {MODEL + name: tensor.detach().cpu() for name, tensor in distinct_state(model).items()}
     arrays[EMBEDDING] = torch.from_numpy(vector_D).half()
     return Payload("model", arrays, {
         "device": device.id,
@@ -168,9 +167,7 @@ def collect_uploads(
         key: hash of what the uploads depend on; uploads of another key are thrown away.
     """
     starts = {name: models.load(folder) for name, folder in initials.items()}
-    shapes = {
-        name: {MODEL + key: t.to("meta") for key, t in models.distinct_state(m).items()} for name, m in starts.items()
-    }
+    shapes = {name: {MODEL + key: t.to("meta") for key, t in distinct_state(m).items()} for name, m in starts.items()}
     start_ids = {name: models.init_id(model) for name, model in starts.items()}
     del starts
     architectures = {card.id: card.model.name for card in site.cards}

@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from safetensors import safe_open
 
-from deepfusion.devices.models import load, load_distinct, save
+from deepfusion.devices.models import load, save
 from deepfusion.errors import UploadError
-from deepfusion.state_dicts import average
+from deepfusion.state_dicts import average, load_distinct
 from deepfusion.types import Clusters, Progress, Proxy, State, Upload, silent
 
 MODEL = "model/"

@@ -26,6 +26,7 @@ from deepfusion.devices.features import forward
 from deepfusion.devices.models import load, save
 from deepfusion.losses import TeacherLogits, next_token_losses
 from deepfusion.moe import Family
+from deepfusion.moe.single import compute_as_mlp
 from deepfusion.stages.distill.align import check_same_vocabulary, same_tokens
 from deepfusion.stages.distill.base import Adapter, DistillOptions, Rule, Text
 from deepfusion.training import Checkpoint, Optimisation, accelerator, derive_seed, fit
@@ -154,6 +155,8 @@ class _Job:
         """Train the students of a group over one set of shared tensors and save them to `out`; returns the history."""
         optimisation = self.options.optimisation
         student = to_device(load(self.base_folder), optimisation).train()
+        if self.family.student == "single":
+            compute_as_mlp(student)
         if optimisation.gradient_checkpointing:
             student.activation_checkpointing_enable()
         shared, expert = self.family.split(dict(student.named_parameters()), self.target, slices=self.slices)

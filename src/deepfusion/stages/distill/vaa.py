@@ -184,14 +184,14 @@ class VaaAdapter(Adapter):
 
     def _windows(self, hidden_BTS: torch.Tensor, valid_BT: torch.Tensor) -> torch.Tensor:
         """[B, P, l * S]: padding set to 0, a partly filled window scaled up by l / (its valid tokens)."""
-        clean_BTS = self._fill(hidden_BTS.masked_fill(~valid_BT[..., None], 0.0))
+        clean_BTS = self._fill(_without_padding(hidden_BTS, valid_BT))
         count_BP1 = self._counts(valid_BT)[..., None]
         windows = clean_BTS.reshape(len(clean_BTS), self.patches, -1)
         return windows * (self.window / count_BP1.clamp(min=1)).to(windows.dtype)
 
     def _pool(self, hidden_BTH: torch.Tensor, valid_BT: torch.Tensor) -> torch.Tensor:
         """[B, P, H]: the mean over each window's valid tokens, 0 for an empty window."""
-        clean_BTH = self._fill(hidden_BTH.masked_fill(~valid_BT[..., None], 0.0))
+        clean_BTH = self._fill(_without_padding(hidden_BTH, valid_BT))
         sum_BPH = clean_BTH.view(len(clean_BTH), self.patches, self.window, -1).sum(2)
         return sum_BPH / self._counts(valid_BT)[..., None].clamp(min=1).to(sum_BPH.dtype)
 
@@ -219,6 +219,11 @@ def sinusoid(length: int, width: int, device: torch.device) -> torch.Tensor:
     rate_D = 10_000 ** (-torch.arange(0, width, 2, device=device) / width)
     angle_LD = torch.arange(length, device=device)[:, None] * rate_D
     return torch.stack([angle_LD.sin(), angle_LD.cos()], dim=-1).flatten(1)[:, :width]
+
+
+def _without_padding(hidden_BTH: torch.Tensor, valid_BT: torch.Tensor) -> torch.Tensor:
+    """Padding set to 0; packed text has none, and is not copied."""
+    return hidden_BTH if bool(valid_BT.all()) else hidden_BTH.masked_fill(~valid_BT[..., None], 0.0)
 
 
 def _masked_error(guess_BXR: torch.Tensor, target_BXR: torch.Tensor, mask_BX: torch.Tensor) -> torch.Tensor:
