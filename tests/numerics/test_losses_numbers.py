@@ -48,11 +48,12 @@ def plain_formula(
 
 @pytest.mark.parametrize("tau", [1.0, 2.5])
 @pytest.mark.parametrize("weights", [(), (1.0,), (0.3, 0.7, 0.5)])
+@pytest.mark.parametrize("padded", [False, True])
 def test_value_and_gradient_agree_with_the_plain_formula(
-    tau: float, weights: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+    tau: float, weights: tuple[float, ...], padded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", 4 * V)  # four positions a chunk
-    batch = batch_of()
+    batch = batch_of(padded=padded)
     teachers = [TeacherLogits(logits(10 + i), w, batch.valid_BT) for i, w in enumerate(weights)]
     student = logits(1).requires_grad_()
     loss, parts = next_token_losses(student, teachers, batch, tau)
@@ -66,11 +67,25 @@ def test_value_and_gradient_agree_with_the_plain_formula(
         torch.testing.assert_close(parts.divergence, kl / sum(weights))
 
 
-def test_gradient_passes_gradcheck_in_double_precision() -> None:
+def test_gradient_agrees_with_finite_differences_in_double_precision() -> None:
     batch = batch_of()
     teachers = [TeacherLogits(logits(5), 0.4, batch.valid_BT), TeacherLogits(logits(6), 0.9, batch.valid_BT)]
+    student, step = logits(2), 1e-6
+    loss, _ = next_token_losses(student.requires_grad_(), teachers, batch, 1.7)
+    (gradient,) = torch.autograd.grad(loss, student)
+    for index in range(0, student.numel(), 7):
+        nudge = torch.zeros_like(student).view(-1).index_fill_(0, torch.tensor([index]), step).view_as(student)
+        with torch.no_grad():
+            up, down = (next_token_losses(student + sign * nudge, teachers, batch, 1.7)[0] for sign in (1, -1))
+        assert float(up - down) / (2 * step) == pytest.approx(float(gradient.view(-1)[index]), abs=1e-6)
+
+
+def test_the_gradient_can_be_used_only_once() -> None:
     student = logits(2).requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: next_token_losses(z, teachers, batch, 1.7)[0], (student,), atol=1e-6)
+    loss, _ = next_token_losses(student, [], batch_of(), 1.0)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="used up by an earlier backward pass"):
+        loss.backward()
 
 
 def test_chunk_size_does_not_change_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
