@@ -15,6 +15,7 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
+from transformers.utils.logging import disable_progress_bar
 
 from deepfusion.artifacts import RunFolder
 from deepfusion.config import RunConfig, load_config
@@ -37,6 +38,7 @@ PRELOAD = (
 )  # fmt: skip
 """Modules that are imported once for all devices' processes; importing `transformers` alone is lazy and buys nothing."""
 
+disable_progress_bar()  # transformers' own, one a file, would drown ours
 client_app = ClientApp()
 __all__ = ["client_app", "launch"]
 
@@ -137,9 +139,7 @@ def serve(
     except StageReached:
         return None
     reference = config.method.reference(site) if config.evaluate.public_only else None
-    record = measure(
-        config, site, moe, ledger=ledger, failures=door.failures, notes=notes, telemetry={}, reference=reference
-    )
+    record = measure(config, site, moe, ledger=ledger, failures=door.failures, notes=notes, reference=reference)
     record.save(folder / "record.json")
     write_report([record], folder / "report.html")
     write_events(record, folder / "events")

@@ -40,12 +40,11 @@ CURVE_POINTS = 400
 
 def measure(
     config: RunConfig, site: Site, moe: Path, *, ledger: Ledger, failures: Mapping[str, str], notes: Notes,
-    telemetry: Mapping[str, tuple[float, int]], reference: Path | None,
+    reference: Path | None,
 ) -> Record:  # fmt: skip
     """Score the MoE and its baselines, and gather what the run's folder tells.
 
     Args:
-        telemetry: seconds and peak memory bytes of each device, as far as they are known.
         reference: the MoE from public text alone, or None.
     """
     scorer = _Scorer(site)
@@ -67,7 +66,7 @@ def measure(
         metrics=as_metrics(score),
         baselines=_baselines(config, site, scorer, clusters, reference),
         ledger=LedgerTotals(**ledger.totals()),
-        devices=_devices(config, site, ledger, clusters, telemetry),
+        devices=_devices(config, site, ledger, clusters),
         clusters=clusters,
         seconds=_seconds(site.folder),
         versions=versions(),
@@ -189,16 +188,10 @@ def _group(items: list[ModelMetrics]) -> Group | None:
     return Group(mean=mean_metrics([item.metrics for item in items]), items=items) if items else None
 
 
-def _devices(
-    config: RunConfig,
-    site: Site,
-    ledger: Ledger,
-    clusters: ClusterRecord | None,
-    telemetry: Mapping[str, tuple[float, int]],
-) -> list[DeviceRecord]:
+def _devices(config: RunConfig, site: Site, ledger: Ledger, clusters: ClusterRecord | None) -> list[DeviceRecord]:
     vocabulary, length = site.data.vocab_size, site.sequence_length
     shapes = {s.name: models.config_of(s, vocab_size=vocabulary, positions=length) for s in config.devices.models}
-    sent = ledger.by_device("up")
+    sent, telemetry = ledger.by_device("up"), ledger.telemetry()
     rows: list[DeviceRecord] = []
     for card in site.cards:
         corpus, shape = private_corpus(config, site.data, card.id), shapes[card.model.name]

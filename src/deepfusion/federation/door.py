@@ -12,9 +12,10 @@ from flwr.app import Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
+from deepfusion.devices.memory import peak_memory_bytes
 from deepfusion.errors import FederationError, UploadError
 from deepfusion.federation.ledger import Ledger, Row
-from deepfusion.federation.messages import pack, unpack
+from deepfusion.federation.messages import pack, pack_telemetry, read_telemetry, unpack
 from deepfusion.federation.payload import decode, encode
 from deepfusion.types import Payload, Progress, silent
 
@@ -167,7 +168,7 @@ class Door:
                 raise
         except UploadError as error:
             return _Failure(str(error), can_be_mended=False)
-        self._ledger.book(Row(payload.round, device_id, "up", payload.what, len(blob)))
+        self._ledger.book(Row(payload.round, device_id, "up", payload.what, len(blob), *read_telemetry(reply)))
         return payload
 
 
@@ -177,7 +178,7 @@ def answer(message: Message, device_id: str, handler: Callable[[Payload], Payloa
     Raises:
         FederationError: whatever was raised, with the device's id and what it was asked for.
     """
-    what = "request"
+    what, began = "request", time.monotonic()
     try:
         request = decode(unpack(message, "server"), source="server")
         what = request.what
@@ -185,4 +186,5 @@ def answer(message: Message, device_id: str, handler: Callable[[Payload], Payloa
     except Exception as error:
         text = f"device {device_id}, asked for {what!r}: {type(error).__name__}: {error}"
         raise FederationError(text) from error
-    return Message(pack(blob), reply_to=message)
+    content = pack_telemetry(pack(blob), time.monotonic() - began, peak_memory_bytes())
+    return Message(content, reply_to=message)

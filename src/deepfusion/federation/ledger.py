@@ -28,6 +28,8 @@ class Row:
         direction: "up" to the server, "down" to the device.
         what: `Payload.what`.
         bytes: length of the encoded blob.
+        seconds: how long the device worked on its answer, as it says itself; 0 where that is not known.
+        peak_memory_bytes: the most memory that it used in that time, likewise.
     """
 
     round: int
@@ -35,6 +37,8 @@ class Row:
     direction: Direction
     what: str
     bytes: int
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
 
 
 class Ledger:
@@ -84,6 +88,15 @@ class Ledger:
             if row.direction == direction:
                 totals[row.device] = totals.get(row.device, 0) + row.bytes
         return totals
+
+    def telemetry(self) -> dict[str, tuple[float, int]]:
+        """Seconds of work and highest memory (bytes) of each device that told them."""
+        told: dict[str, tuple[float, int]] = {}
+        for row in self.rows():
+            if row.direction == "up" and row.seconds > 0:
+                seconds, peak = told.get(row.device, (0.0, 0))
+                told[row.device] = (seconds + row.seconds, max(peak, row.peak_memory_bytes))
+        return told
 
     def _add(self, row: Row) -> None:
         self._rows[row.round, row.device, row.direction, row.what] = row

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.common.serde import context_from_proto, context_to_proto, message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Context as ProtoContext
@@ -16,7 +16,7 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 
 from deepfusion.errors import UploadError
 
-RECORD, BLOB, FORMAT = "payload", "blob", "safetensors"
+RECORD, BLOB, FORMAT, TELEMETRY = "payload", "blob", "safetensors", "telemetry"
 _LENGTH = 8
 
 
@@ -24,6 +24,22 @@ def pack(blob: bytes) -> RecordDict:
     """A message's content that is one blob."""
     array = Array("uint8", (len(blob),), FORMAT, blob)
     return RecordDict({RECORD: ArrayRecord({BLOB: array}, keep_input=False)})
+
+
+def pack_telemetry(content: RecordDict, seconds: float, peak_memory_bytes: int) -> RecordDict:
+    """Put beside the blob what the work took: not in it, so that equal work gives equal blobs."""
+    content[TELEMETRY] = MetricRecord({"seconds": seconds, "peak_memory_bytes": peak_memory_bytes})
+    return content
+
+
+def read_telemetry(message: Message) -> tuple[float, int]:
+    """Seconds and peak memory bytes that a device tells of its work; zeros where it tells nothing sensible."""
+    record = message.content.get(TELEMETRY)
+    told = dict(record) if isinstance(record, MetricRecord) else {}
+    seconds, peak = told.get("seconds"), told.get("peak_memory_bytes")
+    if not (isinstance(seconds, float) and isinstance(peak, int) and 0 <= seconds < 1e9 and 0 <= peak < 2**60):
+        return 0.0, 0
+    return seconds, peak
 
 
 def unpack(message: Message, source: str) -> bytes | memoryview:
