@@ -86,7 +86,7 @@ class FleetOptions:
         if self.max_steps is not None and self.max_steps < 1:
             yield f"max_steps = {self.max_steps}: no device would train; choose at least 1 or remove it"
         if self.threads < 1:
-            yield f"threads = {self.threads}: choose at least 1"
+            yield f"threads = {self.threads}: a device trains on at least one thread; choose 1 or more"
         if self.memory_limit_gib is not None and not self.memory_limit_gib > 0:
             yield f"memory_limit_gib = {self.memory_limit_gib}: must be positive; remove it for no limit"
         yield from self._model_faults()
