@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From private text to one checkpoint, on a tiny federation: what comes out, and that it is always the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+import torch
+from small_world import small_tree, write_text
+
+from deepfusion.app import launch
+from deepfusion.config import parse_config
+from deepfusion.errors import ConfigError, MemoryLimitError, ResumeError
+from deepfusion.record import Record
+
+RESULTS = ("uploads", "proxies", "experts", "merged", "moe", "reference/moe")
+"""What must be the same bytes in every run of one configuration."""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("text")
+    write_text(root)
+    os.environ["DEEPFUSION_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Record]:
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    record = launch(parse_config(small_tree(world)), folder)
+    assert record is not None
+    return folder, record
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Hash of every result file of a run."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for part in RESULTS for path in sorted((folder / part).rglob("*"))
+        if path.is_file() and path.name != ".stage.json"
+    }  # fmt: skip
+
+
+def in_a_process_of_its_own(tree: dict[str, Any], folder: Path, *options: str) -> subprocess.Popen[bytes]:
+    """The command line, as a user calls it."""
+    config = folder.with_suffix(".toml")
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(tomli_w.dumps(tree))
+    command = [sys.executable, "-m", "deepfusion.cli", "run", str(config), "--out", str(folder), "--json", *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+
+def test_the_checkpoint_opens_and_generates_without_deepfusion(run: tuple[Path, Record]) -> None:
+    script = """
+import sys
+sys.modules["deepfusion"] = None
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = AutoModelForCausalLM.from_pretrained(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[1])
+ids = tokenizer("The harbour note:", return_tensors="pt")
+print(model.config.model_type, model.config.num_experts, len(tokenizer.decode(model.generate(**ids, max_new_tokens=8)[0])))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(run[0] / "moe")], capture_output=True, text=True, check=True
+    )
+    family, experts, characters = result.stdout.split()
+    assert (family, int(experts)) == ("qwen2_moe", 4)
+    assert int(characters) > len("The harbour note:")
+
+
+def test_the_record_holds_what_users_compare(run: tuple[Path, Record]) -> None:
+    folder, record = run
+    written = json.loads((folder / "record.json").read_text())
+    assert Record.load(folder / "record.json") == record
+    assert (written["method"], written["recipe"], written["seed"]) == ("deepfusion", "joint", 0)
+    assert set(written["metrics"]["domains"]) == {"harbour", "kitchen", "garden"}
+    for name in ("public_only", "proxies", "students", "devices", "oracle", "merged"):
+        assert written["baselines"][name] is not None, name
+    assert {"id", "architecture", "parameters", "estimated_memory_bytes", "upload_bytes", "cluster"} <= set(
+        written["devices"][0]
+    )
+    assert all(device["peak_memory_bytes"] > 0 and device["seconds"] > 0 for device in written["devices"])
+    assert {"data", "proxies", "experts", "merged", "moe"} <= set(written["seconds"])
+    assert record.merge_check is not None
+    assert record.merge_check <= 1e-5
+
+
+def test_the_ledger_counts_the_bytes_that_lie_in_the_spool(run: tuple[Path, Record]) -> None:
+    folder, record = run
+    on_disk = {p.stem: p.stat().st_size for p in (folder / "uploads").glob("*.safetensors")}
+    assert on_disk == {device.id: device.upload_bytes for device in record.devices}
+    ledger = record.ledger
+    assert ledger.upload_bytes == sum(on_disk.values())
+    assert ledger.total_bytes == ledger.upload_bytes + ledger.download_bytes + ledger.init_bytes
+
+
+def test_unlike_domains_are_found(run: tuple[Path, Record]) -> None:
+    record = run[1]
+    main = {d.id: max(d.domains, key=lambda name: d.domains[name]) for d in record.devices}
+    found = {d.id: d.cluster for d in record.devices}
+    pairs = [(a, b) for a in main for b in main if a < b]
+    agree = sum((main[a] == main[b]) == (found[a] == found[b]) for a, b in pairs)
+    assert agree / len(pairs) >= 0.8
+
+
+def test_a_finished_run_is_not_done_again(run: tuple[Path, Record], world: Path) -> None:
+    folder, record = run
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    again = launch(parse_config(small_tree(world)), folder, resume=True)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == before
+    assert again is not None
+    assert (again.metrics, again.baselines, again.ledger) == (record.metrics, record.baselines, record.ledger)
+
+
+def test_only_what_depends_on_a_change_is_done_again(world: Path, tmp_path: Path) -> None:
+    first = small_tree(world, evaluate=dict.fromkeys(("public_only", "devices", "proxies", "students"), False))
+    launch(parse_config(first), tmp_path / "run")
+    before = {part: digests_of(tmp_path / "run" / part) for part in ("uploads", "experts", "moe")}
+    launch(parse_config({**first, "tune": {"steps": 5}}), tmp_path / "run", resume=True)
+    after = {part: digests_of(tmp_path / "run" / part) for part in ("uploads", "experts", "moe")}
+    assert after["uploads"] == before["uploads"]
+    assert after["experts"] == before["experts"]
+    assert after["moe"] != before["moe"]
+
+
+def digests_of(folder: Path) -> dict[str, tuple[int, str]]:
+    return {
+        p.name: (p.stat().st_mtime_ns, hashlib.sha256(p.read_bytes()).hexdigest())
+        for p in folder.rglob("*.safetensors")
+    }
+
+
+def test_processes_and_one_process_give_the_same_bytes(run: tuple[Path, Record], world: Path, tmp_path: Path) -> None:
+    process = in_a_process_of_its_own(small_tree(world, federation={"engine": "forkserver"}), tmp_path / "run")
+    out, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors.decode()
+    assert json.loads(out)["metrics"]["tokens"] > 0
+    assert digests(tmp_path / "run") == digests(run[0])
+
+
+@pytest.mark.parametrize("changes", [
+    {"recipe": "paper"},
+    {"target": {"preset": "deepseek-v2-pico"}},
+    {"target": {"preset": "deepseek-v3-pico"}},
+    {"target": {"preset": "qwen2-moe-pico", "config": {"num_experts": 6}}, "merge": {"fill": "split"}},
+    {"generate": {"share": 0.5, "sequences": 6}, "cluster": {"type": "kmeans", "num_clusters": "auto", "max_clusters": 4}},
+    {"warm_start": {"steps": 2}, "distill": {"type": "logits"}, "router": {"start": "random"}},
+    {"cluster": {"type": "kmeans", "num_clusters": 4, "groups": "pure"}, "tune": {"steps": 2, "experts": "freeze", "beta": 0.0}},
+], ids=["paper", "deepseek-v2", "deepseek-v3", "split", "generated", "warm-start", "pure"])  # fmt: skip
+def test_every_way_ends_in_a_checked_checkpoint(changes: dict[str, Any], world: Path, tmp_path: Path) -> None:
+    quick = dict.fromkeys(("devices", "proxies", "students"), False)
+    record = launch(parse_config(small_tree(world, evaluate=quick, **changes)), tmp_path / "run")
+    assert record is not None
+    assert record.merge_check is not None
+    assert record.merge_check <= 1e-4
+    assert 0 < record.metrics.log_perplexity < 7
+    assert record.baselines.public_only is not None
+    if "warm_start" in changes:
+        assert record.ledger.init_bytes > record.ledger.download_bytes == 0
+
+
+def test_a_device_with_its_own_files_takes_part(world: Path, tmp_path: Path) -> None:
+    tree = small_tree(world)
+    tree["devices"]["named"] = [
+        {"id": "clinic-a", "model": "gpt2", "files": ["garden/private.jsonl"], "domain": "garden"}
+    ]
+    record = launch(parse_config(tree), tmp_path / "run")
+    assert record is not None
+    own = next(device for device in record.devices if device.id == "clinic-a")
+    assert own.documents == 60
+    assert set(own.domains) == {"garden"}
+
+
+def test_until_stops_and_resume_goes_on(run: tuple[Path, Record], world: Path, tmp_path: Path) -> None:
+    config = parse_config(small_tree(world))
+    assert launch(config, tmp_path / "run", until="clusters") is None
+    assert (tmp_path / "run" / "clusters.json").exists()
+    assert not (tmp_path / "run" / "moe").exists()
+    with pytest.raises(ResumeError, match="add --resume"):
+        launch(config, tmp_path / "run")
+    assert launch(config, tmp_path / "run", resume=True) is not None
+    assert digests(tmp_path / "run") == digests(run[0])
+
+
+def test_an_unknown_stage_is_named_with_those_there_are(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--until clustrs: no such stage; choose one of .*clusters"):
+        launch(parse_config(small_tree(world)), tmp_path / "run", until="clustrs")
+
+
+def test_a_device_that_cannot_hold_its_training_is_refused_before_any(world: Path, tmp_path: Path) -> None:
+    tree = small_tree(world)
+    tree["devices"]["memory_limit_gib"] = 0.001
+    with pytest.raises(MemoryLimitError, match=r"device-000 .* needs .* of .*"):
+        launch(parse_config(tree), tmp_path / "run")
+    assert not (tmp_path / "run" / "uploads").exists()
+
+
+def killed_and_resumed(world: Path, folder: Path, kills: int, seed: int) -> None:
+    """Run, `kill -9` the whole process group at random moments, resume; the last attempt may finish."""
+    tree, rng = small_tree(world, federation={"engine": "forkserver"}), random.Random(seed)
+    for _ in range(kills):
+        process = in_a_process_of_its_own(tree, folder, "--resume")
+        deadline = time.monotonic() + rng.uniform(2.0, 16.0)
+        while time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.02)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    process = in_a_process_of_its_own(tree, folder, "--resume")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors.decode()
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(run: tuple[Path, Record], world: Path, tmp_path: Path) -> None:
+    killed_and_resumed(world, tmp_path / "run", kills=1, seed=1)
+    assert digests(tmp_path / "run") == digests(run[0])
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_change_nothing(run: tuple[Path, Record], world: Path, tmp_path: Path) -> None:
+    killed_and_resumed(world, tmp_path / "run", kills=20, seed=2)
+    assert digests(tmp_path / "run") == digests(run[0])
+
+
+def test_tensors_of_an_upload_are_the_device_s_model(run: tuple[Path, Record]) -> None:
+    from safetensors.torch import load_file
+
+    tensors = load_file(run[0] / "uploads" / "device-000.safetensors")
+    assert tensors["embedding"].dtype == torch.float16
+    assert abs(float(tensors["embedding"].float().norm()) - 1) < 1e-2
+    assert any(name.startswith("model/") for name in tensors)
