@@ -21,6 +21,7 @@ from deepfusion.errors import ModelError
 from deepfusion.losses import next_token_losses
 from deepfusion.moe import families
 from deepfusion.moe.single import compute_as_mlp
+from deepfusion.stages import merge, router
 from deepfusion.stages.distill import DistillOptions, Logits, Rule, Vaa, distill, loop, rules
 from deepfusion.stages.distill.align import Alignment, same_tokens
 from deepfusion.stages.distill.loop import Teacher, domain_losses, holding
@@ -91,6 +92,20 @@ def test_joint_students_share_everything_but_their_experts(model_type: str, tmp_
     assert not any(torch.equal(expert[name], other_expert[name]) for name in expert)
     base = load(world.base).state_dict()
     assert not torch.equal(states[0]["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_joint_students_merge_exactly(model_type: str, tmp_path: Path) -> None:
+    world = make_world(tmp_path / "world", model_type)
+    run(world, tmp_path / "out", steps=2)
+    folders = [tmp_path / "out" / str(k) for k in range(2)]
+    students = merge.open_students(folders, family=world.family, target=world.target, slices=1)
+    shared, _ = world.family.split(load(folders[1]).state_dict(), world.target)
+    assert all(torch.equal(students.shared[name], tensor) for name, tensor in shared.items())
+    start = router.random_router(world.target, family=world.family, seed=0)
+    options = merge.MergeOptions(noise=0.0)
+    model = merge.merge(students, start, family=world.family, target=world.target, options=options, seed=0)
+    assert merge.check_merge(model, students, Rows(0).batch(0, 4), family=world.family, options=options) < 1e-5
 
 
 def test_paper_students_share_nothing(world: World, tmp_path: Path) -> None:
