@@ -8,9 +8,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from deepfusion.errors import ConfigError
 from deepfusion.types import Progress, State, silent
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -57,6 +57,23 @@ class Optimisation:
     precision: Precision = "auto"
     gradient_checkpointing: bool = False
 
+    def faults(self) -> Iterator[str]:
+        """What is wrong with the values, and the cure."""
+        for name in ("batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                yield f"{name} = {getattr(self, name)}: nothing would be trained on; choose at least 1"
+        if not 0 < self.learning_rate < 1:
+            yield f"learning_rate = {self.learning_rate}: not between 0 and 1; 3e-4 is usual"
+        for name in ("final_rate", "warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                yield f"{name} = {getattr(self, name)}: not a share; choose a number from 0 to 1"
+        if self.weight_decay < 0:
+            yield f"weight_decay = {self.weight_decay}: must not be negative; 0 switches it off"
+        if self.clip <= 0:
+            yield f"clip = {self.clip}: would stop all training; 1.0 is usual"
+        if not all(0 <= beta < 1 for beta in self.betas):
+            yield f"betas = {list(self.betas)}: both must be at least 0 and below 1; [0.9, 0.95] is usual"
+
     def rate_at(self, step: int, steps: int) -> float:
         """Learning rate of step 0..steps-1."""
         warmup_steps = max(1, round(self.warmup * steps))
@@ -67,12 +84,27 @@ class Optimisation:
         return self.learning_rate * (self.final_rate + (1 - self.final_rate) * cosine)
 
 
-@cache
-def accelerator(precision: Precision = "auto") -> Accelerator:
-    """The process's Accelerator: a GPU if there is one, bf16 there and fp32 on a CPU unless told otherwise."""
+_accelerators: list[Accelerator] = []
+
+
+def accelerator(precision: Precision | None = None) -> Accelerator:
+    """The process's one Accelerator: on a GPU if there is one, bf16 there and fp32 on a CPU unless told otherwise.
+
+    Args:
+        precision: None takes whatever the process uses already.
+
+    Raises:
+        ConfigError: the process uses another precision already; accelerate knows one for each process.
+    """
     on_gpu = torch.cuda.is_available()
-    mixed = "bf16" if precision == "bf16" or (precision == "auto" and on_gpu) else "no"
-    return Accelerator(cpu=not on_gpu, mixed_precision=mixed)
+    mixed = "bf16" if precision == "bf16" or (precision != "fp32" and on_gpu) else "no"
+    if not _accelerators:
+        _accelerators.append(Accelerator(cpu=not on_gpu, mixed_precision=mixed))
+    used = _accelerators[0]
+    if precision is not None and used.mixed_precision != mixed:
+        raise ConfigError([f'precision = "{precision}": this process computes in "{used.mixed_precision}" already; '
+                           "give all sections of a run the same precision"], "training")  # fmt: skip
+    return used
 
 
 @dataclass(frozen=True)

@@ -300,6 +300,12 @@ class DeepFusion:
 
     def faults_with(self, devices: FleetOptions, data: DataOptions, target: TargetOptions) -> Iterator[str]:
         """See `Method.faults_with`."""
+        trainings = (devices.training, self.warm_start.training, self.distillation.optimisation, self.tune.optimisation)
+        if len(used := {training.precision for training in trainings}) > 1:
+            yield (
+                f"precision = {' and '.join(sorted(used))} in [devices.training], [warm_start.training], "
+                "[distillation.optimisation] and [tune.optimisation]: a run computes in one; give all four the same"
+            )
         family = families[target.model_type]
         size = devices.count + len(devices.named)
         vocabulary = data.tokenizer.vocab_size or None
