@@ -69,34 +69,37 @@ def lines(series: Mapping[str, Sequence[tuple[float, float]]], x_name: str, y_na
 def heat_map(
     rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]], low: float, high: float
 ) -> str:
-    """A cell for each pair; the stronger its colour, the nearer its value is to `high`."""
-    cell = 18 if len(columns) > 12 else 44
-    left = 8 + 7 * max(len(_short(r)) for r in rows)
+    """A cell for each pair; the stronger its colour, the nearer its value is to `high`. Few cells show their numbers."""
+    roomy = len(columns) <= 12
+    height = 30 if roomy else 16
+    width = max(48, 10 + max(_text_width(column) for column in columns)) if roomy else 16
+    left = 10 + max(_text_width(row) for row in rows)
     parts: list[str] = []
     for r, row in enumerate(rows):
+        middle = r * height + height / 2 + 4
         parts.append(
-            f'<text class="tick" x="{left - 6}" y="{r * cell + cell / 2 + 4:.0f}" text-anchor="end">{escape(_short(row))}</text>'
+            f'<text class="tick" x="{left - 6}" y="{middle:.0f}" text-anchor="end">{escape(_short(row))}</text>'
         )
         for c, column in enumerate(columns):
-            value = values[r][c]
+            value, x = values[r][c], left + c * width
             strength = min(1.0, max(0.0, (value - low) / ((high - low) or 1.0)))
             parts.append(
-                f'<rect class="heat" x="{left + c * cell}" y="{r * cell}" width="{cell - 1}" height="{cell - 1}" '
+                f'<rect class="heat" x="{x}" y="{r * height}" width="{width - 1}" height="{height - 1}" '
                 f'fill-opacity="{strength:.3f}"><title>{escape(f"{row}, {column}: {value:.2f}")}</title></rect>'
             )
-            if cell > 30:
+            if roomy:
+                tone = "cell strong" if strength > 0.55 else "cell"
+                centre = x + width / 2
                 parts.append(
-                    f'<text class="cell" x="{left + c * cell + cell / 2 - 0.5:.0f}" y="{r * cell + cell / 2 + 4:.0f}" '
-                    f'text-anchor="middle">{value:.2f}</text>'
+                    f'<text class="{tone}" x="{centre:.0f}" y="{middle:.0f}" text-anchor="middle">{value:.2f}</text>'
                 )
-    height = len(rows) * cell
-    if cell > 30:
-        for c, column in enumerate(columns):
-            x = left + c * cell + cell / 2
-            parts.append(
-                f'<text class="tick" x="{x}" y="{height + 16}" text-anchor="middle">{escape(_short(column))}</text>'
-            )
-    return _svg(left + len(columns) * cell + 4, height + 24, parts)
+    bottom = len(rows) * height
+    for c, column in enumerate(columns if roomy else ()):
+        x = left + c * width + width / 2
+        parts.append(
+            f'<text class="tick" x="{x:.0f}" y="{bottom + 16}" text-anchor="middle">{escape(_short(column))}</text>'
+        )
+    return _svg(left + len(columns) * width + 4, bottom + 24, parts)
 
 
 def cluster_map(clusters: ClusterRecord, architectures: Mapping[str, str]) -> str:
@@ -128,7 +131,7 @@ def horizontal_bars(values: Mapping[str, float], text: Mapping[str, str]) -> str
     """One bar for each name, its length the value, `text` beside it."""
     if not values:
         return ""
-    row, left, width = 20, 12 + 7 * max(len(_short(n)) for n in values), 620
+    row, left, width = 20, 12 + max(_text_width(name) for name in values), 620
     top = max(values.values()) or 1.0
     parts: list[str] = []
     for i, (name, value) in enumerate(values.items()):
@@ -168,6 +171,10 @@ def _svg(width: float, height: float, parts: Sequence[str]) -> str:
 def _legend(names: Sequence[str]) -> str:
     keys = (f'<span class="key"><i class="b{i % COLOURS}"></i>{escape(name)}</span>' for i, name in enumerate(names))
     return f'<p class="legend">{"".join(keys)}</p>'
+
+
+def _text_width(name: str) -> float:
+    return 7 * len(_short(name))
 
 
 def _short(name: str) -> str:

@@ -123,7 +123,8 @@ def _curve_charts(record: Record) -> list[tuple[str, str, str]]:
     found: list[tuple[str, str, str]] = []
     for training, metrics in record.curves.items():
         title = titles.get(training, titles.get(training.rsplit("/", 1)[0], training))
-        shown = {name: metrics[name] for name in ("loss", "ce", "kl", "features", "balance") if name in metrics}
+        parts = ("loss", "ce", "kl", "features", "balance")
+        shown = {name: metrics[name] for name in parts if any(value for _, value in metrics.get(name, []))}
         found.append(
             (f"{title} ({training})", "Training loss and its parts by step.", charts.lines(shown, "step", "nats"))
         )

@@ -15,11 +15,14 @@ from deepfusion.report.rows import FUSED, compared, headline, size
 def summary_table(records: Sequence[Record]) -> Table:
     """One row for each compared model of each run; columns for the whole test text and for each domain."""
     domains = sorted({name for record in records for name in record.metrics.domains})
-    table = Table(title="Quality on test text (perplexity, lower is better)", title_justify="left")
+    table = Table(
+        title="Quality on test text: perplexity (all, then by domain), nats a token, token accuracy",
+        title_justify="left",
+    )
     if len(records) > 1:
         table.add_column("run")
-    table.add_column("model")
-    for column in ("perplexity", "log-perplexity", "token accuracy", *domains):
+    table.add_column("model", no_wrap=True)
+    for column in ("perplexity", "nats", "accuracy", *domains):
         table.add_column(escape(column), justify="right")
     for record in records:
         for name, metrics in compared(record).items():

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records survive the disk; the page stands alone, escapes what devices call themselves, and leaves out what was not measured."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from deepfusion.errors import DataError
+from deepfusion.record import (
+    Baselines,
+    ClusterRecord,
+    DeviceRecord,
+    DomainMetrics,
+    Group,
+    LedgerTotals,
+    Metrics,
+    ModelMetrics,
+    Record,
+)  # fmt: skip
+from deepfusion.report.events import write_events
+from deepfusion.report.page import write_report
+from deepfusion.report.rows import headline, size
+from deepfusion.report.table import summary_table
+
+EVIL = "<script>alert('x')</script>"
+
+
+def metrics(nats: float, domains: tuple[str, ...]) -> Metrics:
+    part = {"log_perplexity": nats, "perplexity": 2.718281828**nats, "token_accuracy": 0.3, "tokens": 900}
+    return Metrics(**part, domains={name: DomainMetrics(**part) for name in domains})
+
+
+def sample(num_devices: int = 5, domains: tuple[str, ...] = ("law", EVIL), *, whole: bool = True) -> Record:
+    ids = [EVIL, *(f"device-{n:03d}" for n in range(1, num_devices))][:num_devices]
+    own = metrics(3.0, domains)
+    group = Group(mean=own, items=[ModelMetrics(name=EVIL, cluster=0, metrics=own)])
+    return Record(
+        run_id="sample-1", name="sample", method="deepfusion", recipe="joint", seed=3, started="2026-01-01T00:00:00+00:00",
+        metrics=own,
+        baselines=Baselines(public_only=metrics(3.5, domains), proxies=group, students=group, devices=group, oracle=own)
+        if whole else Baselines(),
+        ledger=LedgerTotals(upload_bytes=2_500_000, download_bytes=1000, init_bytes=0, total_bytes=2_501_000),
+        devices=[
+            DeviceRecord(
+                id=name, architecture="gpt2", parameters=1000, estimated_memory_bytes=10**6, peak_memory_bytes=2 * 10**6,
+                upload_bytes=4000 + n, cluster=n % 2, documents=4, tokens=90, domains={domains[0]: 90}, seconds=1.5,
+            )
+            for n, name in enumerate(ids)
+        ],
+        clusters=ClusterRecord(
+            num_clusters=min(2, num_devices), labels={name: n % 2 for n, name in enumerate(ids)},
+            similarity=[[1.0] * len(ids)] * len(ids), projection=[[float(n), 0.5] for n in range(len(ids))],
+        ) if whole else None,
+        seconds={"moe": 12.0}, versions={"torch": "2"}, curves={"moe": {"loss": [(0, 4.0), (1, 3.5)]}},
+        expert_load={name: [0.75, 0.25] for name in domains}, expert_mutual_information=0.0, merge_check=1e-7,
+        notes=["a note <b>with</b> tags"], failures={EVIL: "gone & lost"}, config={"seed": 3, "name": EVIL},
+    )  # fmt: skip
+
+
+class Tags(HTMLParser):
+    """Counts elements, and notes every address that the page would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: dict[str, int] = {}
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.open[tag] = self.open.get(tag, 0) + 1
+        self.addresses += [value or "" for key, value in attrs if key in ("src", "href")]
+
+
+def page_of(records: list[Record], folder: Path) -> tuple[str, Tags]:
+    write_report(records, folder / "report.html")
+    text = (folder / "report.html").read_text()
+    tags = Tags()
+    tags.feed(text)
+    return text, tags
+
+
+def test_names_from_devices_never_become_markup(tmp_path: Path) -> None:
+    text, tags = page_of([sample()], tmp_path)
+    assert tags.open["script"] == 1
+    assert EVIL not in text
+    assert "&lt;script&gt;" in text
+
+
+def test_the_page_fetches_nothing(tmp_path: Path) -> None:
+    text, tags = page_of([sample()], tmp_path)
+    assert tags.addresses == []
+    assert not re.search(r"url\(|@import", text)
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 128])
+@pytest.mark.parametrize("num_domains", [1, 12])
+def test_the_page_holds_small_and_large_fleets(num_devices: int, num_domains: int, tmp_path: Path) -> None:
+    domains = tuple(f"domain-{n}" for n in range(num_domains))
+    text, tags = page_of([sample(num_devices, domains)], tmp_path)
+    assert text.count("<td>device-") == num_devices - 1
+    body = re.sub(r"<script>.*?</script>|<style>.*?</style>", "", text, flags=re.S)
+    assert not re.search(r"nan|inf", body)
+    assert tags.open["svg"] >= 4
+
+
+def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
+    text, _ = page_of([sample(whole=False)], tmp_path)
+    assert "Map of the devices" not in text
+    assert "public text only" not in text
+    assert "Quality on test text" in text
+
+
+def test_several_runs_are_compared_on_one_page(tmp_path: Path) -> None:
+    text, _ = page_of([sample(), sample(3)], tmp_path)
+    assert "comparison of 2 runs" in text
+
+
+def test_the_headline_says_how_far_below_the_public_text_the_moe_is() -> None:
+    assert headline(sample()) == (
+        "The fused MoE reaches perplexity 20.1 on the devices' domains, 39% below the same MoE trained on public text alone "
+        "(33.1); 5 devices uploaded 2.5 MB, once."
+    )
+    assert [size(n) for n in (999, 1500, 2_500_000, 10**13)] == ["999 B", "1.5 kB", "2.5 MB", "10.0 TB"]
+
+
+def test_the_terminal_table_has_a_row_for_each_model() -> None:
+    console = Console(width=160, record=True)
+    console.print(summary_table([sample()]))
+    text = console.export_text()
+    for row in ("fused MoE", "public text only", "students (mean)", "proxies (mean)", "devices (mean)"):
+        assert row in text
+
+
+def test_a_record_comes_back_from_the_disk_as_it_was(tmp_path: Path) -> None:
+    record = sample()
+    record.save(tmp_path / "record.json")
+    assert Record.load(tmp_path / "record.json") == record
+
+
+def test_a_file_that_is_no_record_is_said_to_be_none(tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_text('{"schema_version": 1}')
+    with pytest.raises(DataError, match="not a record of this version"):
+        Record.load(tmp_path / "record.json")
+    with pytest.raises(DataError, match="no record there"):
+        Record.load(tmp_path / "nothing.json")
+
+
+def test_tensorboard_gets_every_curve(tmp_path: Path) -> None:
+    write_events(sample(), tmp_path / "events")
+    assert len(list((tmp_path / "events" / "moe").glob("events.out.tfevents.*"))) == 1
