@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -112,6 +112,19 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
         return Batch(self.input_ids_BT.to(device), self.counted_BT.to(device), self.valid_BT.to(device))
+
+
+class Text(Protocol):
+    """An endless stream of training rows, a pure function of the step."""
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a row."""
+        ...
+
+    def batch(self, step: int, batch_size: int) -> Batch:
+        """Rows `step * batch_size` and following."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

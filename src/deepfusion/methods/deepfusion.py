@@ -31,10 +31,9 @@ from deepfusion.moe import Family, families
 from deepfusion.stages import generate, merge, proxy, router, tune
 from deepfusion.stages.cluster import Clustering, clusterings, similarity
 from deepfusion.stages.distill import DistillOptions, Rule, distill, rules
-from deepfusion.stages.distill.base import Text
 from deepfusion.stages.embed import Embedding, embeddings
 from deepfusion.training import derive_seed
-from deepfusion.types import Batch, Call, Clusters, Corpus, Payload, Proxy, Upload
+from deepfusion.types import Batch, Call, Clusters, Corpus, Payload, Proxy, Text, Upload
 
 DOMAIN_TEMPERATURE = 0.1
 """Public document u is drawn for domain i with probability proportional to exp(cos(e_u, c_i) / 0.1)."""
@@ -75,13 +74,9 @@ class DeepFusion:
     router: router.RouterOptions = field(default_factory=router.RouterOptions)
     tune: tune.TuneOptions
 
-    # ------------------------------------------------------------------ the device's half
-
     def client(self, device: Device, request: Payload) -> Payload:
         """Train the device's own model, describe its text by an embedding, and answer with both."""
         return answer_with_model(device, request, self.embed)
-
-    # ------------------------------------------------------------------ the server's half
 
     def server(self, site: Site, call: Call) -> Path:
         """Phases I, II and III (DeepFusion, Algorithm 1); returns the folder of the fused MoE."""
@@ -114,7 +109,13 @@ class DeepFusion:
             seed=derive_seed(site.seed, "cluster"),
             note=site.note,
         )
-        write_clusters(clusters, embedding_ND, site.folder / "clusters.json")
+        table = {
+            "members": [clusters.members(k) for k in range(clusters.num_clusters)],
+            "device_ids": clusters.device_ids,
+            "similarity": np.round(similarity(embedding_ND), 4).tolist(),
+            "embedding": np.round(embedding_ND.astype(float), 5).tolist(),
+        }
+        write_atomic(site.folder / "clusters.json", json.dumps(table))
         site.reached("clusters")
         return clusters
 
@@ -261,8 +262,6 @@ class DeepFusion:
 
         return site.keep(name, make, self.tune, *parts)
 
-    # ------------------------------------------------------------------ what the fleet is worth
-
     def reference(self, site: Site) -> Path:
         """The same MoE from public text alone, with as many tokens: a base trained on it, copied to E experts, tuned.
 
@@ -288,8 +287,6 @@ class DeepFusion:
         plain = replace(self, merge=replace(self.merge, fill="replicate"))
         merged = plain.merged(site, "reference/merged", [base / "0"], [[text.batch(0, 8)]], parts)
         return plain.tuned(site, "reference/moe", merged, [[]], [text], parts)
-
-    # ------------------------------------------------------------------ configuration
 
     def target(self, site: Site) -> tuple[Family, PreTrainedConfig]:
         """The target's family and full configuration."""
@@ -318,14 +315,3 @@ class DeepFusion:
                 family.student_config(config, slices=self.merge.slices(wanted, family.num_experts(config)))
         except ModelError as error:
             yield str(error)
-
-
-def write_clusters(clusters: Clusters, embedding_ND: np.ndarray, path: Path) -> None:
-    """`clusters.json`: who is in which domain, and how alike the devices' texts are."""
-    table = {
-        "members": [clusters.members(k) for k in range(clusters.num_clusters)],
-        "device_ids": clusters.device_ids,
-        "similarity": np.round(similarity(embedding_ND), 4).tolist(),
-        "embedding": np.round(embedding_ND.astype(float), 5).tolist(),
-    }
-    write_atomic(path, json.dumps(table))

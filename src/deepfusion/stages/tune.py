@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -24,7 +24,7 @@ from deepfusion.losses import TeacherLogits, balance_loss, next_token_losses
 from deepfusion.moe import Family
 from deepfusion.moe.base import expert_parameters, router_logits
 from deepfusion.training import Checkpoint, Optimisation, accelerator, derive_seed, fit
-from deepfusion.types import Batch, Progress, Proxy, silent
+from deepfusion.types import Batch, Progress, Proxy, Text, silent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,19 +60,6 @@ class TuneOptions:
             yield f"temperature = {self.temperature}: must be finite and above 0; 1 leaves the logits as they are"
         if not 0 < self.expert_rate < float("inf"):
             yield f'expert_rate = {self.expert_rate}: must be finite and above 0; use experts = "freeze" to leave them'
-
-
-class Text(Protocol):
-    """An endless stream of training rows, a pure function of the step."""
-
-    @property
-    def sequence_length(self) -> int:
-        """Tokens of a row."""
-        ...
-
-    def batch(self, step: int, batch_size: int) -> Batch:
-        """Rows `step * batch_size` and following."""
-        ...
 
 
 def tune(

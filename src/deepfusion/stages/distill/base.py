@@ -18,7 +18,6 @@ from transformers import PreTrainedConfig
 
 from deepfusion.registry import Registry
 from deepfusion.training import Optimisation
-from deepfusion.types import Batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,19 +96,6 @@ class Rule(Protocol):
         Raises:
             ConfigError: the options do not fit these two models.
         """
-        ...
-
-
-class Text(Protocol):
-    """An endless stream of training rows, a pure function of the step."""
-
-    @property
-    def sequence_length(self) -> int:
-        """Tokens of a row."""
-        ...
-
-    def batch(self, step: int, batch_size: int) -> Batch:
-        """Rows `step * batch_size` and following."""
         ...
 
 

@@ -28,9 +28,9 @@ from deepfusion.losses import TeacherLogits, next_token_losses
 from deepfusion.moe import Family
 from deepfusion.moe.single import compute_as_mlp
 from deepfusion.stages.distill.align import check_same_vocabulary, same_tokens
-from deepfusion.stages.distill.base import Adapter, DistillOptions, Rule, Text
+from deepfusion.stages.distill.base import Adapter, DistillOptions, Rule
 from deepfusion.training import Checkpoint, Optimisation, accelerator, derive_seed, fit
-from deepfusion.types import Batch, Progress, Proxy, State, silent
+from deepfusion.types import Batch, Progress, Proxy, State, Text, silent
 
 Rows = list[dict[str, float]]
 """What one training logged, a row for each step: `loss`, `ce`, `kl`, `features`, and each for domain i as `loss/i`."""
