@@ -84,6 +84,11 @@ class Optimisation:
         return self.learning_rate * (self.final_rate + (1 - self.final_rate) * cosine)
 
 
+def mixed_precision(precision: Precision) -> str:
+    """What accelerate calls a precision on this machine: "auto" is bf16 on a GPU and none on a CPU."""
+    return "bf16" if precision == "bf16" or (precision == "auto" and torch.cuda.is_available()) else "no"
+
+
 _accelerators: list[Accelerator] = []
 
 
@@ -96,10 +101,9 @@ def accelerator(precision: Precision | None = None) -> Accelerator:
     Raises:
         ConfigError: the process uses another precision already; accelerate knows one for each process.
     """
-    on_gpu = torch.cuda.is_available()
-    mixed = "bf16" if precision == "bf16" or (precision != "fp32" and on_gpu) else "no"
+    mixed = mixed_precision(precision or "auto")
     if not _accelerators:
-        _accelerators.append(Accelerator(cpu=not on_gpu, mixed_precision=mixed))
+        _accelerators.append(Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed))
     used = _accelerators[0]
     if precision is not None and used.mixed_precision != mixed:
         raise ConfigError([f'precision = "{precision}": this process computes in "{used.mixed_precision}" already; '

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 import tomli_w
 import torch
-from small_world import small_tree, write_text
 
 from deepfusion.app import launch
 from deepfusion.config import parse_config
 from deepfusion.errors import ConfigError, MemoryLimitError, ResumeError
 from deepfusion.record import Record
+from small_world import small_tree, write_text
 
 RESULTS = ("uploads", "proxies", "experts", "merged", "moe", "reference/moe")
 """What must be the same bytes in every run of one configuration."""
@@ -32,7 +32,6 @@ RESULTS = ("uploads", "proxies", "experts", "merged", "moe", "reference/moe")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("text")
     write_text(root)
-    os.environ["DEEPFUSION_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     return root
 
 

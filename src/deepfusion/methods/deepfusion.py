@@ -32,7 +32,7 @@ from deepfusion.stages import generate, merge, proxy, router, tune
 from deepfusion.stages.cluster import Clustering, clusterings, similarity
 from deepfusion.stages.distill import DistillOptions, Rule, distill, rules
 from deepfusion.stages.embed import Embedding, embeddings
-from deepfusion.training import derive_seed
+from deepfusion.training import derive_seed, mixed_precision
 from deepfusion.types import Batch, Call, Clusters, Corpus, Payload, Proxy, Text, Upload
 
 DOMAIN_TEMPERATURE = 0.1
@@ -297,11 +297,12 @@ class DeepFusion:
 
     def faults_with(self, devices: FleetOptions, data: DataOptions, target: TargetOptions) -> Iterator[str]:
         """See `Method.faults_with`."""
-        trainings = (devices.training, self.warm_start.training, self.distillation.optimisation, self.tune.optimisation)
-        if len(used := {training.precision for training in trainings}) > 1:
+        server = [self.distillation.optimisation.precision, self.tune.optimisation.precision]
+        server += [self.warm_start.training.precision] if self.warm_start.steps else []
+        if len({mixed_precision(precision) for precision in server}) > 1:
             yield (
-                f"precision = {' and '.join(sorted(used))} in [devices.training], [warm_start.training], "
-                "[distillation.optimisation] and [tune.optimisation]: a run computes in one; give all four the same"
+                f"precision = {' and '.join(sorted(set(server)))} in [warm_start.training], [distillation.optimisation] and "
+                "[tune.optimisation]: the server computes in one; give all the same"
             )
         family = families[target.model_type]
         size = devices.count + len(devices.named)
