@@ -63,11 +63,10 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Train the fleet, collect one upload from each device, and fuse them into one MoE checkpoint."""
-    from deepfusion.report.table import summary_table
-
     from deepfusion.app import launch
     from deepfusion.config import load_config
     from deepfusion.progress import bars
+    from deepfusion.report.table import summary_table
 
     settings = load_config(config, overrides or [], seed=seed)
     folder = out_dir or Path("runs") / f"{settings.name}-seed{settings.seed}"
@@ -90,9 +89,8 @@ def run(
 @app.command(epilog=examples("deepfusion plan configs/benchmark.toml", "deepfusion plan configs/medical.toml --json"))
 def plan(config: ConfigPath, seed: Seed = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Predict devices' memory, bytes up and down, server FLOPs and disk, before anything is trained or downloaded."""
-    from deepfusion.plan import make_plan, plan_tables
-
     from deepfusion.config import load_config
+    from deepfusion.plan import make_plan, plan_tables
 
     result = make_plan(load_config(config, overrides or [], seed=seed))
     if as_json:
@@ -155,10 +153,9 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """One self-contained page, and a table, out of one or several finished runs."""
+    from deepfusion.record import Record
     from deepfusion.report.page import write_report
     from deepfusion.report.table import summary_table
-
-    from deepfusion.record import Record
 
     records = [Record.load(folder / "record.json") for folder in runs]
     write_report(records, out_file)

@@ -100,7 +100,9 @@ def test_files_and_functions_stay_small_and_say_what_they_are(path: Path) -> Non
             assert not owner_is_public or ast.get_docstring(node), f"{node.name} has no docstring"
 
 
-@pytest.mark.parametrize("word", ["pickle", "torch.load(", "trust_remote_code=True", "TODO", "FIXME", "NotImplementedError"])
+@pytest.mark.parametrize(
+    "word", ["pickle", "torch.load(", "trust_remote_code=True", "TODO", "FIXME", "NotImplementedError"]
+)
 def test_what_is_never_done(word: str) -> None:
     def code_of(path: Path) -> str:
         tree = ast.parse(path.read_text(encoding="utf-8"))

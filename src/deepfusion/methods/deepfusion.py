@@ -297,12 +297,12 @@ class DeepFusion:
 
     def faults_with(self, devices: FleetOptions, data: DataOptions, target: TargetOptions) -> Iterator[str]:
         """See `Method.faults_with`."""
-        server = [self.distillation.optimisation.precision, self.tune.optimisation.precision]
-        server += [self.warm_start.training.precision] if self.warm_start.steps else []
-        if len({mixed_precision(precision) for precision in server}) > 1:
+        trained = [self.warm_start.training] if self.warm_start.steps else []
+        trained += [self.distillation.optimisation, self.tune.optimisation]
+        if len({mixed_precision(part.precision) for part in trained}) > 1:
             yield (
-                f"precision = {' and '.join(sorted(set(server)))} in [warm_start.training], [distillation.optimisation] and "
-                "[tune.optimisation]: the server computes in one; give all the same"
+                f"precision = {' and '.join(sorted({part.precision for part in trained}))} in [warm_start.training], "
+                "[distillation.optimisation] and [tune.optimisation]: the server computes in one; give all the same"
             )
         family = families[target.model_type]
         size = devices.count + len(devices.named)
