@@ -6,7 +6,7 @@ OUT ?= runs/demo
 .PHONY: demo test test-slow lint install clean
 
 demo: install ## install, then fuse a small fleet on real text in a few minutes
-	.venv/bin/deepfusion run configs/quickstart.toml --out $(OUT)
+	.venv/bin/deepfusion run configs/quickstart.toml --out $(OUT) --resume
 
 test: install ## install, then lint and run the default tests
 	$(MAKE) --no-print-directory lint

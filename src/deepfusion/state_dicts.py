@@ -25,7 +25,7 @@ def average(states: Iterable[tuple[str, Mapping[str, torch.Tensor], float]]) -> 
     beyond the last digit. Integer buffers are copied from the first model.
 
     Args:
-        states: (name for messages, state, positive weight) of each model.
+        states: (name for messages, state, weight) of each model; no weight is negative, and not all are zero.
 
     Raises:
         ModelError: no model, numbers that are not finite, or names, shapes or types that differ.
@@ -44,13 +44,18 @@ def average(states: Iterable[tuple[str, Mapping[str, torch.Tensor], float]]) -> 
             if not tensor.is_floating_point():
                 sums.setdefault(name, tensor.clone())
             elif name in sums:
-                sums[name].add_(tensor.double(), alpha=weight)
+                sums[name].add_(tensor, alpha=weight)
             else:
                 sums[name] = tensor.double() * weight
         total += weight
+        del state  # before the next one is read
     if not first:
         raise ModelError("no model to average; at least one is needed")
-    return {name: (s / total if s.is_floating_point() else s).to(first[name][1]) for name, s in sums.items()}
+    assert total > 0, "all weights are zero"
+    for name in list(sums):  # one after the other: the result takes the place of the sums
+        mean = sums.pop(name)
+        sums[name] = (mean.div_(total) if mean.is_floating_point() else mean).to(first[name][1])
+    return sums
 
 
 def _difference(found: Mapping[str, object], first: Mapping[str, object], source: str, reference: str) -> str:
@@ -63,13 +68,12 @@ def _difference(found: Mapping[str, object], first: Mapping[str, object], source
 
 def distinct_state(model: torch.nn.Module) -> State:
     """The state dict with tied tensors once, under their first name: what is sent, and what is counted."""
-    seen: set[tuple[int, torch.Size]] = set()
+    seen: set[int] = set()
     state: State = {}
-    for name, tensor in model.state_dict().items():
-        place = (tensor.data_ptr(), tensor.shape)
-        if place not in seen:
-            seen.add(place)
-            state[name] = tensor
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:  # by object, not by address: all empty and all "meta" tensors share address 0
+            seen.add(id(tensor))
+            state[name] = tensor.detach()
     return state
 
 

@@ -12,8 +12,8 @@ from typing import Any, Literal
 from safetensors import safe_open
 
 from deepfusion.devices.models import load, save
-from deepfusion.errors import UploadError
-from deepfusion.state_dicts import average, load_distinct
+from deepfusion.errors import ModelError, UploadError
+from deepfusion.state_dicts import average, distinct_state, load_distinct
 from deepfusion.types import Clusters, Progress, Proxy, State, Upload, silent
 
 MODEL = "model/"
@@ -25,7 +25,8 @@ class ProxyOptions:
     """[proxy]: how a domain's models are averaged.
 
     Attributes:
-        weights: "uniform" counts every device alike (the paper), "tokens" by the tokens that it trained on.
+        weights: "uniform" counts every device alike (the paper), "tokens" by the tokens that it trained on (alike where
+            no device of a group trained on any).
     """
 
     weights: Literal["uniform", "tokens"] = "uniform"
@@ -43,7 +44,8 @@ def make_proxies(
         initials: folder of each architecture's first weights, for its configuration.
 
     Raises:
-        UploadError: models of one architecture that started from different weights; averaging those means nothing.
+        UploadError: models of one architecture that started from different weights (averaging those means nothing),
+            are not of that architecture, or hold NaN or infinity; names the devices.
     """
     rows: list[dict[str, object]] = []
     by_id = {upload.device_id: upload for upload in uploads}
@@ -53,12 +55,9 @@ def make_proxies(
         tokens = sum(upload.num_tokens for upload in members)
         for architecture in sorted({upload.architecture for upload in members}):
             group = [upload for upload in members if upload.architecture == architecture]
-            _same_start(group)
-            weights = [1.0 if options.weights == "uniform" else float(upload.num_tokens) for upload in group]
-            model = load(initials[architecture])
-            states = ((u.device_id, read_model(u.path), w) for u, w in zip(group, weights, strict=True))
-            load_distinct(model, average(states))
             folder = f"cluster-{cluster}-{architecture}"
+            model = load(initials[architecture])
+            load_distinct(model, _mean(group, options, distinct_state(model)))
             save(model, out / folder, tokenizer_folder)
             own = sum(upload.num_tokens for upload in group)
             rows.append({
@@ -69,6 +68,26 @@ def make_proxies(
             done += len(group)
             progress("average proxies", done, len(uploads), folder)
     (out / "proxies.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+def _mean(group: Sequence[Upload], options: ProxyOptions, expected: State) -> State:
+    """Mean of the uploads of one cluster and architecture, whose tensors must look like `expected`."""
+    _same_start(group)
+    weights = [float(upload.num_tokens) for upload in group]
+    if options.weights == "uniform" or not any(weights):
+        weights = [1.0] * len(group)
+
+    def states() -> Iterator[tuple[str, State, float]]:
+        for upload, weight in zip(group, weights, strict=True):
+            state = read_model(upload.path)
+            _same_shapes(state, expected, upload)
+            yield upload.device_id, state, weight
+            del state  # before the next one is read
+
+    try:
+        return average(states())
+    except ModelError as error:
+        raise UploadError(str(error)) from error
 
 
 def load_proxies(folder: Path) -> list[Proxy]:
@@ -91,11 +110,18 @@ def read_model(path: Path) -> State:
 
 
 def _same_start(group: Sequence[Upload]) -> None:
-    def others() -> Iterator[str]:
-        return (upload.device_id for upload in group if upload.init_id != group[0].init_id)
-
-    if odd := list(others()):
+    if odd := [upload.device_id for upload in group if upload.init_id != group[0].init_id]:
         raise UploadError(
             f"{', '.join(odd)} started from other weights than {group[0].device_id} ({group[0].architecture}): their average "
             "means nothing; start all devices of an architecture from one checkpoint"
         )
+
+
+def _same_shapes(state: State, expected: State, upload: Upload) -> None:
+    for name in sorted({*state, *expected}):
+        found, wanted = (list(s[name].shape) if name in s else "missing" for s in (state, expected))
+        if found != wanted:
+            raise UploadError(
+                f"{upload.device_id}: tensor {name} is {found}, where {upload.architecture} has {wanted}; "
+                "let the device send the architecture that it was given"
+            )

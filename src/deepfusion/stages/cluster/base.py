@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 import scipy.sparse
 
+from deepfusion.errors import UploadError
 from deepfusion.registry import Registry
 from deepfusion.types import Clusters
 
@@ -24,13 +25,27 @@ class Clustering(Protocol):
 
         Args:
             embedding_ND: unit rows; all zero for a device without text, which joins the largest cluster.
+            device_ids: no two alike. In which order the devices stand decides how clusters are numbered, nothing else.
             architectures: each device's, for clusterings that keep architectures apart.
             note: called with a sentence when less was possible than was asked for.
+
+        Raises:
+            UploadError: no device, or an embedding that holds NaN or infinity; names the device.
         """
         ...
 
 
 clusterings: Registry[Clustering] = Registry("cluster")
+
+
+def check_embeddings(embedding_ND: np.ndarray, device_ids: Sequence[str]) -> None:
+    """Raise UploadError when there is nothing to cluster, or a number that is not finite."""
+    assert len(embedding_ND) == len(device_ids) == len(set(device_ids)), (embedding_ND.shape, device_ids)
+    if not len(device_ids):
+        raise UploadError("no upload arrived, so there is nothing to cluster; see why the devices failed and run again")
+    broken = [device_ids[int(row)] for row in np.flatnonzero(~np.isfinite(embedding_ND).all(1))]
+    if broken:
+        raise UploadError(f"{', '.join(broken)}: the embedding holds NaN or infinity; let the device send it again")
 
 
 def similarity(embedding_ND: np.ndarray) -> np.ndarray:
@@ -41,6 +56,14 @@ def similarity(embedding_ND: np.ndarray) -> np.ndarray:
     cosine_NN = (cosine_NN + cosine_NN.T) / 2
     np.fill_diagonal(cosine_NN, 1.0)
     return cosine_NN
+
+
+def similarity_margin(embedding_ND: np.ndarray, label_N: np.ndarray) -> float:
+    """Mean cosine of pairs within a cluster minus that of pairs across; 0 when there are no pairs of either kind."""
+    cosine_NN = similarity(embedding_ND)
+    same_NN = label_N[:, None] == label_N
+    within, across = cosine_NN[same_NN & ~np.eye(len(label_N), dtype=bool)], cosine_NN[~same_NN]
+    return float(within.mean() - across.mean()) if within.size and across.size else 0.0
 
 
 def sum_by_cluster(points_ND: np.ndarray, label_N: np.ndarray, clusters: int) -> np.ndarray:

@@ -13,7 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from deepfusion.stages.cluster.base import clusterings, make_clusters, similarity, sum_by_cluster
+from deepfusion.errors import ConfigError
+from deepfusion.stages.cluster.base import check_embeddings, clusterings, make_clusters, similarity, sum_by_cluster
 from deepfusion.training import derive_seed
 from deepfusion.types import Clusters
 
@@ -31,7 +32,7 @@ class KMeans:
         num_clusters: K, or "auto" for the number with the best silhouette.
         max_clusters: most clusters that "auto" tries; at most the target's number of experts.
         restarts: random starts, of which the best is kept.
-        space: "embedding" clusters the vectors, "similarity" the rows of the cosine matrix.
+        space: "embedding" clusters the vectors, "similarity" the rows of the cosine matrix, scaled to length 1.
         groups: "mixed" clusters all devices together; "pure" keeps architectures apart (the paper, read literally).
     """
 
@@ -57,24 +58,46 @@ class KMeans:
         """See `Clustering.assign`.
 
         Raises:
-            ValueError: fewer clusters than architectures with `groups = "pure"`.
+            ConfigError: fewer clusters than architectures with `groups = "pure"`.
         """
-        points_ND = embedding_ND.astype(np.float64)
-        if self.space == "similarity":
-            points_ND = similarity(points_ND)
-            points_ND /= np.linalg.norm(points_ND, axis=1, keepdims=True)
-        wanted = self._count(points_ND, seed, note)
-        if self.groups == "mixed":
-            label_N = _with_zero_rows(points_ND, embedding_ND, wanted, self.restarts, seed, note)
-        else:
-            label_N = self._pure(points_ND, architectures, wanted, seed)
+        check_embeddings(embedding_ND, device_ids)
+        by_name = np.argsort(np.asarray(device_ids))  # seeds are drawn by row, so rows must not depend on who is first
+        label_N = np.empty(len(device_ids), np.int64)
+        label_N[by_name] = self._labels(embedding_ND[by_name], np.asarray(architectures)[by_name], seed, note)
         return make_clusters(device_ids, label_N, embedding_ND)
+
+    def _labels(
+        self, embedding_ND: np.ndarray, architecture_N: np.ndarray, seed: int, note: Callable[[str], None]
+    ) -> np.ndarray:
+        heard_N = np.linalg.norm(embedding_ND.astype(np.float64), axis=1) > 0
+        if not heard_N.any():
+            note("cluster: no device sent an embedding other than zero, so all are one domain")
+            return np.zeros(len(embedding_ND), np.int64)
+        points_MD = embedding_ND[heard_N].astype(np.float64)
+        if self.space == "similarity":
+            points_MD = similarity(points_MD)
+        points_MD /= np.linalg.norm(points_MD, axis=1, keepdims=True)
+        wanted = self._count(points_MD, seed, note)
+        label_N = np.full(len(embedding_ND), -1)
+        if self.groups == "mixed":
+            label_N[heard_N] = spherical_kmeans(points_MD, wanted, self.restarts, seed)
+        else:
+            label_N[heard_N] = self._pure(points_MD, architecture_N[heard_N], wanted, seed)
+        if not heard_N.all():
+            note(f"cluster: {int((~heard_N).sum())} devices sent an empty embedding and joined the largest cluster")
+        for row in np.flatnonzero(~heard_N):
+            peers_N = heard_N & (architecture_N == architecture_N[row])
+            peers_N = peers_N if self.groups == "pure" and peers_N.any() else heard_N
+            label_N[row] = np.bincount(label_N[peers_N]).argmax()
+        return label_N
 
     def _count(self, points_ND: np.ndarray, seed: int, note: Callable[[str], None]) -> int:
         count = len(points_ND)
         if self.num_clusters != "auto":
             if count < self.num_clusters:
-                note(f"cluster: {count} devices uploaded, so there are {count} domains, not {self.num_clusters}")
+                note(
+                    f"cluster: {count} devices described their text, so there are {count} domains, not {self.num_clusters}"
+                )
             return min(self.num_clusters, count)
         scores = {k: _silhouette(points_ND, spherical_kmeans(points_ND, k, self.restarts, seed))
                   for k in range(2, min(count - 1, self.max_clusters) + 1)}  # fmt: skip
@@ -83,13 +106,15 @@ class KMeans:
         note(f'cluster: num_clusters = "auto" found {found} domains (silhouette {scores.get(found, 0.0):.2f})')
         return found
 
-    def _pure(self, points_ND: np.ndarray, architectures: Sequence[str], wanted: int, seed: int) -> np.ndarray:
-        names, of_N, sizes = np.unique(np.asarray(architectures), return_inverse=True, return_counts=True)
-        if wanted < len(names):
-            raise ValueError(
+    def _pure(self, points_ND: np.ndarray, architecture_N: np.ndarray, wanted: int, seed: int) -> np.ndarray:
+        names, of_N, sizes = np.unique(architecture_N, return_inverse=True, return_counts=True)
+        if self.num_clusters == "auto":
+            wanted = max(wanted, len(names))
+        elif wanted < len(names):
+            raise ConfigError([
                 f'[cluster] num_clusters = {wanted}: groups = "pure" needs one for each of the {len(names)} architectures; '
                 f'raise it to {len(names)} or more, or use groups = "mixed"'
-            )
+            ])  # fmt: skip
         label_N = np.zeros(len(points_ND), np.int64)
         offset = 0
         for index, share in enumerate(_shares(sizes, wanted)):
@@ -122,9 +147,14 @@ class RandomClusters:
         seed: int, note: Callable[[str], None],
     ) -> Clusters:  # fmt: skip
         """See `Clustering.assign`."""
+        check_embeddings(embedding_ND, device_ids)
         count = len(device_ids)
-        label_N = np.arange(count) % min(self.num_clusters, count)
-        return make_clusters(device_ids, np.random.default_rng(seed).permutation(label_N), embedding_ND)
+        if count < self.num_clusters:
+            note(f"cluster: {count} devices uploaded, so there are {count} domains, not {self.num_clusters}")
+        label_N = np.empty(count, np.int64)
+        dealt_N = np.arange(count) % min(self.num_clusters, count)
+        label_N[np.argsort(np.asarray(device_ids))] = np.random.default_rng(seed).permutation(dealt_N)
+        return make_clusters(device_ids, label_N, embedding_ND)
 
 
 def spherical_kmeans(points_ND: np.ndarray, clusters: int, restarts: int, seed: int) -> np.ndarray:
@@ -139,29 +169,18 @@ def spherical_kmeans(points_ND: np.ndarray, clusters: int, restarts: int, seed: 
     return best_N
 
 
-def _with_zero_rows(points_ND: np.ndarray, embedding_ND: np.ndarray, wanted: int, restarts: int, seed: int,
-                    note: Callable[[str], None]) -> np.ndarray:  # fmt: skip
-    """Devices without text (zero vectors) join the largest cluster of the others."""
-    some = np.linalg.norm(embedding_ND, axis=1) > 0
-    if some.all() or some.sum() < wanted:
-        return spherical_kmeans(points_ND, wanted, restarts, seed)
-    inner = spherical_kmeans(points_ND[some], wanted, restarts, seed)
-    label_N = np.full(len(points_ND), int(np.bincount(inner).argmax()))
-    label_N[some] = inner
-    note(f"cluster: {int((~some).sum())} devices sent an empty embedding and joined the largest cluster")
-    return label_N
-
-
 def _seeds(points_ND: np.ndarray, clusters: int, rng: np.random.Generator) -> np.ndarray:
     """k-means++ with weight 1 - max cosine to a chosen seed."""
     chosen = [int(rng.integers(len(points_ND)))]
-    for _ in range(clusters - 1):
-        distance_N = np.clip(1 - (points_ND @ points_ND[chosen].T).max(1), 0, None)
+    distance_N = np.full(len(points_ND), np.inf)
+    while len(chosen) < clusters:
+        distance_N = np.minimum(distance_N, np.clip(1 - points_ND @ points_ND[chosen[-1]], 0, None))
         distance_N[chosen] = 0
-        if distance_N.sum() <= 1e-12:  # only duplicates are left: any device that is not a seed yet
+        total = float(distance_N.sum())
+        if total <= 1e-12:  # only duplicates are left: any device that is not a seed yet
             chosen.append(next(i for i in range(len(points_ND)) if i not in chosen))
         else:
-            chosen.append(int(rng.choice(len(points_ND), p=distance_N / distance_N.sum())))
+            chosen.append(int(rng.choice(len(points_ND), p=distance_N / total)))
     return points_ND[chosen]
 
 

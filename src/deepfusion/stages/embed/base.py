@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from typing import Protocol
 
 import numpy as np
 
 from deepfusion.registry import Registry
+from deepfusion.training import derive_seed
 from deepfusion.types import Corpus, State
 
 
@@ -25,7 +28,7 @@ class Embedding(Protocol):
 
         Args:
             seed: the run's seed, the same for all devices.
-            noise_seed: the device's own, for what privacy noise there is.
+            noise_seed: the device's own, for what privacy noise there is; whoever knows it can take the noise off again.
         """
         ...
 
@@ -41,3 +44,19 @@ def unit_rows(rows_UD: np.ndarray) -> np.ndarray:
     """Rows scaled to length 1; zero rows stay zero."""
     norm_U1 = np.linalg.norm(rows_UD, axis=-1, keepdims=True)
     return np.divide(rows_UD, norm_U1, out=np.zeros_like(rows_UD), where=norm_U1 > 0)
+
+
+def projection(width: int, dimension: int, seed: int) -> np.ndarray:
+    """R of section 4: signs over sqrt(dimension), (width, dimension).
+
+    Out of a hash, so that server and devices make the same one from the seed whatever their versions of NumPy.
+    """
+    size = width * dimension
+    octets = hashlib.shake_256(f"projection {derive_seed(seed, 'projection')}".encode()).digest(-(-size // 8))
+    bits = np.unpackbits(np.frombuffer(octets, np.uint8), count=size).reshape(width, dimension)
+    return (2.0 * bits - 1.0) / math.sqrt(dimension)
+
+
+def to_wire(vector_D: np.ndarray) -> np.ndarray:
+    """The unit vector along `vector_D` (zero stays zero), as its float16 numbers arrive at the server; float32."""
+    return unit_rows(vector_D).astype(np.float16).astype(np.float32)

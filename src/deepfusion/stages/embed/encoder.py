@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,8 +13,8 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from deepfusion.errors import ModelError
-from deepfusion.stages.embed.base import embeddings, unit_rows
-from deepfusion.training import accelerator, derive_seed
+from deepfusion.stages.embed.base import embeddings, projection, to_wire, unit_rows
+from deepfusion.training import accelerator
 from deepfusion.types import Corpus, State
 
 
@@ -43,48 +42,63 @@ class FrozenEncoder:
                 yield f"{name} = {getattr(self, name)}: too small; choose at least 1"
 
     def publish(self, public: Corpus, seed: int) -> State:
-        """Mean encoding of the public text, (H,), float16."""
-        return {"mean": torch.from_numpy(self._encode(public).mean(0)).half()}
+        """Mean encoding of the public text, (H,)."""
+        return {"mean": torch.from_numpy(_mean(self._encode(public))).float()}
 
     def embed(self, corpus: Corpus, published: State, seed: int, noise_seed: int) -> np.ndarray:
         """See `Embedding.embed`."""
-        if len(corpus) == 0:
+        encoded_UH = self._encode(corpus)
+        if not encoded_UH.any():
             return np.zeros(self.dimension, np.float32)
-        centred_H = self._encode(corpus).mean(0) - published["mean"].double().numpy()
-        return unit_rows(centred_H @ self._projection(len(centred_H), seed)).astype(np.float16).astype(np.float32)
+        centred_H = _mean(encoded_UH) - published["mean"].double().numpy()
+        return to_wire(centred_H @ projection(len(centred_H), self.dimension, seed))
 
     def embed_documents(self, corpus: Corpus, published: State, seed: int) -> np.ndarray:
         """See `Embedding.embed_documents`."""
-        centred_UH = self._encode(corpus) - published["mean"].double().numpy()
-        return unit_rows(centred_UH @ self._projection(centred_UH.shape[1], seed))
+        encoded_UH = self._encode(corpus)
+        centred_UH = np.where(encoded_UH.any(1, keepdims=True), encoded_UH - published["mean"].double().numpy(), 0.0)
+        return unit_rows(centred_UH @ projection(centred_UH.shape[1], self.dimension, seed))
 
     @torch.no_grad()
     def _encode(self, corpus: Corpus) -> np.ndarray:
+        """Mean of the last hidden states of each document's tokens, (U, H); zero for a document of blanks."""
         tokenizer, model = _open(self.model)
         device = accelerator().device
         model.to(device)
-        rows: list[np.ndarray] = []
-        for begin in range(0, len(corpus), self.batch_size):
-            texts = [corpus.text(i) for i in range(begin, min(begin + self.batch_size, len(corpus)))]
+        limit = min(self.max_tokens, int(tokenizer.model_max_length))
+        encoded_UH = np.zeros((len(corpus), int(model.config.hidden_size)))
+        written = [index for index in range(len(corpus)) if corpus.text(index).strip()]
+        for begin in range(0, len(written), self.batch_size):
+            rows = written[begin : begin + self.batch_size]
             inputs = tokenizer(
-                texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+                [corpus.text(row) for row in rows], padding=True, truncation=True, max_length=limit, return_tensors="pt"
             ).to(device)
             hidden_BTH = model(**inputs).last_hidden_state.double()
             mask_BT1 = inputs["attention_mask"][..., None]
-            rows.append(((hidden_BTH * mask_BT1).sum(1) / mask_BT1.sum(1).clamp(min=1)).cpu().numpy())
-        return np.concatenate(rows)
+            encoded_UH[rows] = ((hidden_BTH * mask_BT1).sum(1) / mask_BT1.sum(1).clamp(min=1)).cpu().numpy()
+        return encoded_UH
 
-    def _projection(self, width: int, seed: int) -> np.ndarray:
-        signs = np.random.default_rng(derive_seed(seed, "projection")).integers(0, 2, (width, self.dimension))
-        return (2.0 * signs - 1.0) / math.sqrt(self.dimension)
+
+def _mean(encoded_UH: np.ndarray) -> np.ndarray:
+    """Mean of the documents that hold any text."""
+    return encoded_UH.sum(0) / max(int(encoded_UH.any(1).sum()), 1)
 
 
 @lru_cache(maxsize=1)
 def _open(name: str) -> tuple[Any, Any]:
     try:
-        return AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name, use_safetensors=True).eval()
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModel.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        ).eval()
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(
             f'[embed] model = "{name}": cannot be opened ({reason}); give a local folder, or type = "tfidf"'
         ) from error
+    if tokenizer.pad_token is None:
+        raise ModelError(
+            f'[embed] model = "{name}": its tokenizer has no padding token; name an encoder (MiniLM class), '
+            'or use type = "tfidf"'
+        )
+    return tokenizer, model

@@ -17,12 +17,15 @@ import scipy.sparse
 import torch
 from sklearn.feature_extraction.text import HashingVectorizer
 
-from deepfusion.stages.embed.base import embeddings, unit_rows
+from deepfusion.stages.embed.base import embeddings, projection, to_wire, unit_rows
 from deepfusion.training import derive_seed
 from deepfusion.types import Corpus, State
 
 CHUNK = 4096
 """Documents vectorised at a time: bounds the memory of the sparse matrix."""
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+"""Scripts without spaces between words (Thai, Lao, Burmese, Khmer, Japanese, Chinese): each sign counts as a word."""
+WORD = rf"[{UNSPACED}]|[^\W{UNSPACED}]{{2,}}"
 
 
 @embeddings.register("tfidf")
@@ -34,7 +37,7 @@ class HashedTfidf:
         dimension: numbers of the embedding, sent as float16; cosines are exact to about 1/sqrt(dimension).
         hash_bits: words fall into 2^hash_bits buckets.
         epsilon: privacy of each document in the embedding, (epsilon, delta)-DP; left out: no noise. It protects the
-            embedding only, never the uploaded weights.
+            embedding only, never the uploaded weights, and only from those who do not know the device's noise seed.
         delta: the other half of the privacy guarantee.
         clip: longest projected document before noise is added.
     """
@@ -70,33 +73,40 @@ class HashedTfidf:
 
     def embed(self, corpus: Corpus, published: State, seed: int, noise_seed: int) -> np.ndarray:
         """See `Embedding.embed`."""
+        if len(corpus) == 0:
+            return np.zeros(self.dimension, np.float32)
         idf, mean = (published[name].double().numpy() for name in ("idf", "mean"))
-        projection_HD = self._projection(seed)
-        if self.epsilon is None:
-            found = self._mean(corpus, idf)
-            vector_D = (found - mean) @ projection_HD if found.any() else np.zeros(self.dimension)
-        else:
-            rows_UD = np.concatenate([(x @ projection_HD) - mean @ projection_HD for x in self._weighted(corpus, idf)])
-            norm_U1 = np.maximum(np.linalg.norm(rows_UD, axis=1, keepdims=True), 1e-12)
-            clipped_UD = rows_UD * np.minimum(1.0, self.clip / norm_U1)
-            deviation = 2 * self.clip / len(rows_UD) * math.sqrt(2 * math.log(1.25 / self.delta)) / self.epsilon
-            noise_D = np.random.default_rng(derive_seed(noise_seed, "dp")).normal(0.0, deviation, self.dimension)
-            vector_D = clipped_UD.mean(0) + noise_D
-        return unit_rows(vector_D).astype(np.float16).astype(np.float32)
+        projection_HD = projection(2**self.hash_bits, self.dimension, seed)
+        if self.epsilon is not None:
+            rows_UD = np.concatenate([x @ projection_HD for x in self._weighted(corpus, idf)]) - mean @ projection_HD
+            return to_wire(self._private_mean(rows_UD, self.epsilon, noise_seed))
+        found = self._mean(corpus, idf)
+        return to_wire((found - mean if found.any() else found) @ projection_HD)
+
+    def _private_mean(self, rows_UD: np.ndarray, epsilon: float, noise_seed: int) -> np.ndarray:
+        """Gaussian mechanism: the mean of clipped rows, of which another document moves one by 2 clip / U at most."""
+        norm_U1 = np.maximum(np.linalg.norm(rows_UD, axis=1, keepdims=True), 1e-12)
+        clipped_UD = rows_UD * np.minimum(1.0, self.clip / norm_U1)
+        deviation = 2 * self.clip / len(rows_UD) * math.sqrt(2 * math.log(1.25 / self.delta)) / epsilon
+        noise_D = np.random.default_rng(derive_seed(noise_seed, "dp")).normal(0.0, deviation, self.dimension)
+        return clipped_UD.mean(0) + noise_D
 
     def embed_documents(self, corpus: Corpus, published: State, seed: int) -> np.ndarray:
         """See `Embedding.embed_documents`."""
         idf, mean = (published[name].double().numpy() for name in ("idf", "mean"))
-        projection_HD = self._projection(seed)
+        projection_HD = projection(2**self.hash_bits, self.dimension, seed)
         centre_D = mean @ projection_HD
-        rows = [unit_rows((x @ projection_HD) - centre_D) for x in self._weighted(corpus, idf)]
-        return np.concatenate([np.empty((0, self.dimension)), *rows])
+        rows = [np.empty((0, self.dimension))]
+        for chunk in self._weighted(corpus, idf):
+            words_U1 = chunk.getnnz(axis=1)[:, None] > 0
+            rows.append(unit_rows(np.where(words_U1, chunk @ projection_HD - centre_D, 0.0)))
+        return np.concatenate(rows)
 
     def _frequencies(self, corpus: Corpus) -> Iterator[Any]:
         """Signed word counts of the documents as sparse rows, a chunk at a time. Murmur hashes: fixed for ever."""
         vectorizer = cast(Any, HashingVectorizer)(
             n_features=2**self.hash_bits, ngram_range=(1, 2), alternate_sign=True, norm=None,
-            lowercase=True, preprocessor=_normalise, dtype=np.float64,
+            preprocessor=_normalise, token_pattern=WORD, dtype=np.float64,
         )  # fmt: skip
         for begin in range(0, len(corpus), CHUNK):
             texts = [corpus.text(index) for index in range(begin, min(begin + CHUNK, len(corpus)))]
@@ -114,15 +124,8 @@ class HashedTfidf:
         total, documents = np.zeros(2**self.hash_bits), 0
         for chunk in self._weighted(corpus, idf):
             total += np.asarray(chunk.sum(0)).ravel()
-            documents += int((np.asarray(chunk.getnnz(axis=1)) > 0).sum())
+            documents += int((chunk.getnnz(axis=1) > 0).sum())
         return total / max(documents, 1)
-
-    def _projection(self, seed: int) -> np.ndarray:
-        """R of section 4: signs over sqrt(dimension), (2^hash_bits, dimension), made from the seed by everyone alike."""
-        signs = np.random.default_rng(derive_seed(seed, "projection")).integers(
-            0, 2, (2**self.hash_bits, self.dimension)
-        )
-        return (2.0 * signs - 1.0) / math.sqrt(self.dimension)
 
 
 def _normalise(text: str) -> str:
