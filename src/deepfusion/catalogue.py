@@ -1,8 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that a configuration can name."""
+"""Everything that a configuration can name: plug-in parts, sections and options."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import re
+import typing
+from typing import Any
+
+from deepfusion.config import RunConfig, describe_type
 from deepfusion.data.embedded import EMBEDDED
 from deepfusion.devices.presets import PRESETS
 from deepfusion.methods import methods
@@ -23,3 +30,88 @@ def catalogue() -> dict[str, dict[str, str]]:
         "[[devices.models]] preset": {name: p.about for name, p in PRESETS.items() if name not in moe},
         "[[data.corpora]] embedded": dict.fromkeys(EMBEDDED, "real text out of Python packages"),
     }
+
+
+HEAD = "| option | value | default | meaning |\n|---|---|---|---|"
+INTRODUCTION = """# Configuration
+
+One TOML file a run. Unknown keys, wrong types and impossible combinations are refused, all at once; `--set section.key=value`
+overrides one value. A section without a required key may be left out."""
+
+
+def reference() -> str:
+    """Every section and option with its type, default and meaning, as Markdown; read off the dataclasses themselves."""
+    shared, below = _Reader().rows(RunConfig, "")
+    top = [
+        HEAD,
+        '| `method` | a text in quotes | `"deepfusion"` | the federated method; see its own sections |',
+        *shared,
+    ]
+    parts = [INTRODUCTION, "## Top level", "\n".join(top), *below]
+    for name in methods:
+        rows, below = _Reader().rows(methods[name], "")
+        parts += [f'## With `method = "{name}"`', _first_line(methods[name]), "\n".join([HEAD, *rows]), *below]
+    return "\n\n".join(parts) + "\n"
+
+
+class _Reader:
+    """Walks dataclasses; one that it meets again is described by a reference to the first place."""
+
+    def __init__(self) -> None:
+        self.seen: dict[type, str] = {}
+
+    def rows(self, cls: type, section: str) -> tuple[list[str], list[str]]:
+        """Table rows of a dataclass's own options, and the sections below it."""
+        meaning, hints = _meanings(cls), typing.get_type_hints(cls)
+        rows: list[str] = []
+        below: list[str] = []
+        for field in dataclasses.fields(cls):
+            inner = f"{section}.{field.name}" if section else field.name
+            hint, registry = hints[field.name], field.metadata.get("registry")
+            nested = [t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)]
+            if registry is not None and registry is not methods:
+                required = field.default_factory is dataclasses.MISSING
+                usual = "" if required else registry.name_of(type(typing.cast(Any, field.default_factory)()))
+                for name in registry:
+                    about = f' with `type = "{name}"`' + (", the default" if name == usual else "")
+                    below += self.section(registry[name], inner, f"`[{inner}]`{about}")
+            elif nested:
+                brackets = f"[[{inner}]]" if typing.get_origin(hint) is tuple else f"[{inner}]"
+                below += self.section(typing.cast(type, nested[0]), inner, f"`{brackets}`")
+            elif registry is None:
+                default = _default(field)
+                rows.append(f"| `{field.name}` | {describe_type(hint)} | {default} | {meaning.get(field.name, '')} |")
+        return rows, below
+
+    def section(self, cls: type, section: str, title: str) -> list[str]:
+        """A section's heading, table and the sections below it."""
+        if cls in self.seen:
+            return [f"### {title}", f"The options of `[{self.seen[cls]}]`."]
+        self.seen[cls] = section
+        rows, below = self.rows(cls, section)
+        return [f"### {title}", _first_line(cls), *(["\n".join([HEAD, *rows])] if rows else []), *below]
+
+
+def _first_line(cls: type) -> str:
+    line = re.sub(r"^\[.*?\]+: ", "", (inspect.getdoc(cls) or "").splitlines()[0])
+    return line[:1].upper() + line[1:]
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is not dataclasses.MISSING:
+        value = field.default
+    elif field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    else:
+        return "required"
+    if value is None:
+        return "none"
+    text = str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else str(value)
+    return f"`{text}`" if not isinstance(value, tuple) else f"`{list(typing.cast(tuple[object, ...], value))}`"
+
+
+def _meanings(cls: type) -> dict[str, str]:
+    """The `Attributes` of a docstring, each on one line."""
+    _, _, attributes = (inspect.getdoc(cls) or "").partition("Attributes:\n")
+    found = re.findall(r"^    ((?:\w+, )*\w+): (.*(?:\n {8,}.*)*)", attributes, re.MULTILINE)
+    return {name: " ".join(text.split()).replace("|", "\\|") for names, text in found for name in names.split(", ")}

@@ -245,10 +245,12 @@ def _leaf(hint: Any, raw: Any, section: str, name: str, faults: list[str]) -> An
         checked = TypeAdapter(hint, config=ConfigDict(strict=True)).validate_python(value)
     except ValidationError as error:
         reasons = {e["msg"][0].lower() + e["msg"][1:] for e in error.errors()}
-        faults.append(f"{_at(section)}{name} = {_short(raw)}: {' or '.join(sorted(reasons))}; give {_describe(hint)}")
+        faults.append(
+            f"{_at(section)}{name} = {_short(raw)}: {' or '.join(sorted(reasons))}; give {describe_type(hint)}"
+        )
         return None
     if isinstance(checked, float) and math.isnan(checked):
-        faults.append(f"{_at(section)}{name} = nan: not a number; give {_describe(hint)}")
+        faults.append(f"{_at(section)}{name} = nan: not a number; give {describe_type(hint)}")
         return None
     return checked
 
@@ -260,10 +262,11 @@ def _missing(hint: Any, registry: Registry[Any] | None, inner: str, section: str
         return f"[{inner}] is missing; add the section ({(hint.__doc__ or '').strip().splitlines()[0]})"
     if get_origin(hint) is tuple and dataclasses.is_dataclass(get_args(hint)[0]):
         return f"[[{inner}]] is missing; add at least one such section"
-    return f"{_at(section)}{name} is missing; give {_describe(hint)}"
+    return f"{_at(section)}{name} is missing; give {describe_type(hint)}"
 
 
-def _describe(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
+    """What to write for an option of this type, in words."""
     names = {
         int: "a whole number",
         float: "a number",
@@ -274,9 +277,9 @@ def _describe(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(f'"{a}"' if isinstance(a, str) else str(a) for a in get_args(hint))
     if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(_describe(a) for a in get_args(hint) if a is not type(None))
+        return " or ".join(describe_type(a) for a in get_args(hint) if a is not type(None))
     if get_origin(hint) in (tuple, list):
-        return f"a list of {_describe(get_args(hint)[0]).removeprefix('a ')}s"
+        return "a list, each item " + describe_type(get_args(hint)[0])
     if get_origin(hint) is dict:
         return "a table { key = value }"
     return names.get(hint, str(hint))

@@ -41,6 +41,7 @@ class Optimisation:
         final_rate: share of the highest rate that is left at the end.
         warmup: share of the steps that the warm-up takes.
         weight_decay: decoupled weight decay, on matrices only.
+        betas: decay of the running means of gradient and squared gradient.
         clip: largest L2 norm of all gradients together.
         precision: "auto" is bf16 autocast on a GPU and fp32 on a CPU.
         gradient_checkpointing: recompute activations in the backward pass to save memory.

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import importlib.metadata
 import importlib.util
 import platform
@@ -67,10 +68,13 @@ def _split_of(name: str) -> str:
 
 @cache
 def _named(domain: str) -> tuple[Named, ...]:
+    """All texts of a domain, each once."""
     seen: set[str] = set()
-    return tuple(
-        (name, text) for name, text in EMBEDDED[domain]() if not (text in seen or seen.add(text))
-    )  # each text once
+    gc.disable()  # syntax trees are millions of objects without cycles: half of the time would go to the collector
+    try:
+        return tuple((name, text) for name, text in EMBEDDED[domain]() if not (text in seen or seen.add(text)))
+    finally:
+        gc.enable()
 
 
 def _medicine() -> Iterator[Named]:

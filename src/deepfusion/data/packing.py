@@ -109,17 +109,19 @@ class PackedText:
 
 
 def document_batches(
-    corpus: Corpus, sequence_length: int, tokens_per_batch: int = 8192
+    corpus: Corpus, sequence_length: int, tokens_per_batch: int = 8192, most_windows: int | None = None
 ) -> Iterator[tuple[np.ndarray, Batch]]:
     """Every document by itself, for evaluation: (document of each row, batch), longest rows first, padded at the end.
 
     A document longer than T is cut into windows of T tokens that overlap by one: a window's first token is only the
     context of its second and does not count. So every token but a document's first is a target exactly once.
-    A batch holds at most `tokens_per_batch` places, padding included, but at least one row.
+    A batch holds at most `tokens_per_batch` places, padding included, but at least one row. Of a long document the first
+    `most_windows` are read, all when left out.
     """
     lengths_U = corpus.lengths_U
     stride = sequence_length - 1
     windows_U = np.maximum(0, -(-(lengths_U - 1) // stride))  # none for a document of one token
+    windows_U = np.minimum(windows_U, most_windows or windows_U)
     document_W = np.repeat(np.arange(len(corpus)), windows_U)
     window_W = np.arange(len(document_W)) - np.repeat(np.cumsum(windows_U) - windows_U, windows_U)
     begin_W = window_W * stride

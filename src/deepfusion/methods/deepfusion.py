@@ -177,16 +177,8 @@ class DeepFusion:
                 out=folder,
             )  # fmt: skip
 
-        parts = (
-            self.recipe,
-            self.distill,
-            self.distillation,
-            self.generate,
-            site.target,
-            slices,
-            site.folder.key("proxies"),
-        )
-        folder = site.keep("experts", make, *parts)
+        parts = (self.recipe, self.distill, self.distillation, self.generate, site.target, slices)
+        folder = site.keep("experts", make, *parts, site.folder.key("proxies"))
         return [folder / str(k) for k in range(len(teachers))]
 
     def base(self, site: Site, slices: int) -> Path:
@@ -205,7 +197,12 @@ class DeepFusion:
         def domain_batches() -> list[list[Batch]]:
             nearest_KU = np.argsort(-closeness_UK.T, axis=1, kind="stable")[:, : self.router.documents]
             return [
-                [batch for _, batch in document_batches(site.data.public.select(nearest), site.sequence_length)]
+                [
+                    b
+                    for _, b in document_batches(
+                        site.data.public.select(nearest), site.sequence_length, 2048, most_windows=1
+                    )
+                ]
                 for nearest in nearest_KU
             ]
 
@@ -224,10 +221,10 @@ class DeepFusion:
             start = router.random_router(target, family=family, seed=seed)
             model = merge.merge(parts, start, family=family, target=target, options=self.merge, seed=seed)
             if self.router.start == "prototype" and len(students) > 1:
-                start = router.prototype_router(
+                prototypes = router.prototype_router(
                     model, domain_batches, family=family, slices=slices, options=self.router, seed=seed, note=site.note
                 )
-                model = merge.merge(parts, start, family=family, target=target, options=self.merge, seed=seed)
+                router.set_routers(model, prototypes)
             probes = [batches[0] for batches in domain_batches]
             scale = merge.calibrate_scale(model, probes, family=family)
             worst = max(merge.check_merge(model, parts, probe, family=family, options=self.merge) for probe in probes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -18,17 +19,18 @@ def summary_table(records: Sequence[Record]) -> Table:
     table = Table(
         title="Quality on test text: perplexity (all, then by domain), nats a token, token accuracy",
         title_justify="left",
+        box=SIMPLE_HEAD,
     )
     if len(records) > 1:
         table.add_column("run")
     table.add_column("model", no_wrap=True)
     for column in ("perplexity", "nats", "accuracy", *domains):
-        table.add_column(escape(column), justify="right")
+        table.add_column(escape(column), justify="right", overflow="fold")
     for record in records:
         for name, metrics in compared(record).items():
             style = "bold" if name == FUSED else ""
-            cells = [f"{metrics.perplexity:.2f}", f"{metrics.log_perplexity:.4f}", f"{metrics.token_accuracy:.2%}"]
-            cells += [f"{metrics.domains[d].perplexity:.2f}" if d in metrics.domains else "" for d in domains]
+            cells = [f"{metrics.perplexity:.1f}", f"{metrics.log_perplexity:.3f}", f"{metrics.token_accuracy:.1%}"]
+            cells += [f"{metrics.domains[d].perplexity:.1f}" if d in metrics.domains else "" for d in domains]
             run = [escape(record.run_id)] if len(records) > 1 else []
             table.add_row(*run, name, *cells, style=style)
         table.add_section()

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from deepfusion.devices.features import forward
 from deepfusion.moe import Family
-from deepfusion.moe.base import router_inputs
+from deepfusion.moe.base import router_inputs, routers
 from deepfusion.training import derive_seed
 from deepfusion.types import Batch
 
@@ -32,7 +32,7 @@ class RouterOptions:
 
     Attributes:
         start: "prototype" points each expert's weight at the mean router input of its domain; "random" is N(0, 0.02^2).
-        documents: public documents nearest to a domain's centroid that its prototype is taken from.
+        documents: public documents nearest to a domain's centroid whose beginnings give its prototype.
         strength: logit that the strongest prototype gives its own expert.
     """
 
@@ -96,6 +96,13 @@ def prototype_router(
         prototype_EH = (options.strength / strongest * delta_KH)[owner_E].float()
         weights.append(prototype_EH + random_EH * (COPY_STD / RANDOM_STD) if experts > domains else prototype_EH)
     return weights
+
+
+@torch.no_grad()
+def set_routers(model: PreTrainedModel, weights: Sequence[torch.Tensor]) -> None:
+    """Give the router of each MoE layer its weight (E, H)."""
+    for router, weight_EH in zip(routers(model), weights, strict=True):
+        cast(torch.Tensor, router.weight).copy_(weight_EH)
 
 
 def _mean_inputs(model: PreTrainedModel, batches: Sequence[Batch]) -> torch.Tensor:
