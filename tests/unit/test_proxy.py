@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Properties of proxies: one for each domain and architecture, weights as asked for, memory flat in the number of devices."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from distill_world import config, write_tokenizer
+from safetensors.torch import load_file, save_file
+
+from deepfusion.devices.models import from_config, load, save
+from deepfusion.errors import UploadError
+from deepfusion.stages import proxy
+from deepfusion.stages.proxy import MODEL, ProxyOptions, load_proxies, make_proxies
+from deepfusion.state_dicts import distinct_state
+from deepfusion.types import Clusters, Proxy, State, Upload
+
+ARCHITECTURES = ("gpt2-pico", "llama-pico")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tokenizer, and the first weights of each architecture."""
+    folder = tmp_path_factory.mktemp("site")
+    tokenizer = write_tokenizer(folder / "tokenizer")
+    for name in ARCHITECTURES:
+        save(from_config(config(name), seed=0), folder / name, tokenizer)
+    return {"tokenizer": tokenizer, **{name: folder / name for name in ARCHITECTURES}}
+
+
+def upload(
+    site: dict[str, Path], folder: Path, index: int, architecture: str, *, tokens: int = 100, seed: int | None = None,
+    change: Callable[[State], None] | None = None,
+) -> Upload:  # fmt: skip
+    state = distinct_state(load(site[architecture]))
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        state = {name: tensor + torch.randn(tensor.shape, generator=generator) for name, tensor in state.items()}
+    if change:
+        change(state)
+    folder.mkdir(exist_ok=True, parents=True)
+    path = folder / f"d{index}.safetensors"
+    save_file({"embedding": torch.ones(2), **{MODEL + name: t.contiguous() for name, t in state.items()}}, path)
+    return Upload(f"d{index}", architecture, "start", path, np.ones(2, np.float32), tokens)
+
+
+def clusters_of(labels: list[int]) -> Clusters:
+    ids = tuple(f"d{index}" for index in range(len(labels)))
+    return Clusters(ids, np.asarray(labels), np.ones((max(labels) + 1, 2)))
+
+
+def proxies_of(
+    site: dict[str, Path], uploads: list[Upload], labels: list[int], out: Path, weights: str = "uniform"
+) -> list[Proxy]:
+    out.mkdir(parents=True)
+    make_proxies(
+        uploads, clusters_of(labels), options=ProxyOptions(weights=weights),  # type: ignore[arg-type]
+        initials={name: site[name] for name in ARCHITECTURES}, tokenizer_folder=site["tokenizer"], out=out,
+    )  # fmt: skip
+    return load_proxies(out)
+
+
+def test_there_is_one_for_each_domain_and_architecture_weighed_by_tokens(site: dict[str, Path], tmp_path: Path) -> None:
+    rows = [("gpt2-pico", 100), ("llama-pico", 300), ("gpt2-pico", 200), ("gpt2-pico", 50)]
+    uploads = [upload(site, tmp_path, i, name, tokens=tokens, seed=i) for i, (name, tokens) in enumerate(rows)]
+    proxies = proxies_of(site, uploads, [0, 0, 0, 1], tmp_path / "out")
+    assert [(p.cluster, p.architecture, p.members, p.num_tokens, p.weight) for p in proxies] == [
+        (0, "gpt2-pico", ("d0", "d2"), 300, 0.5), (0, "llama-pico", ("d1",), 300, 0.5), (1, "gpt2-pico", ("d3",), 50, 1.0)
+    ]  # fmt: skip
+    stored = [load_file(uploads[i].path) for i in (0, 2)]
+    for name, tensor in distinct_state(load(proxies[0].folder)).items():
+        torch.testing.assert_close(tensor, (stored[0][MODEL + name] + stored[1][MODEL + name]) / 2)
+    for name, tensor in distinct_state(load(proxies[2].folder)).items():
+        assert torch.equal(tensor, load_file(uploads[3].path)[MODEL + name]), "the mean of one model is that model"
+
+
+def test_token_weights_are_the_uniform_ones_where_tokens_are_equal_or_absent(
+    site: dict[str, Path], tmp_path: Path
+) -> None:
+    for tokens in (100, 0):
+        folder = tmp_path / str(tokens)
+        uploads = [upload(site, folder, i, "llama-pico", tokens=tokens, seed=i) for i in range(3)]
+        states = [
+            distinct_state(load(proxies_of(site, uploads, [0] * 3, folder / way, way)[0].folder))
+            for way in ("uniform", "tokens")
+        ]
+        for name in states[0]:
+            assert torch.equal(states[0][name], states[1][name])
+
+
+def test_token_weights_follow_the_tokens(site: dict[str, Path], tmp_path: Path) -> None:
+    uploads = [upload(site, tmp_path, i, "llama-pico", tokens=(300, 100)[i], seed=i) for i in range(2)]
+    found = distinct_state(load(proxies_of(site, uploads, [0, 0], tmp_path / "out", "tokens")[0].folder))
+    first, second = (load_file(u.path) for u in uploads)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, 0.75 * first[MODEL + name] + 0.25 * second[MODEL + name])
+
+
+def test_identical_uploads_give_that_model_bit_for_bit(site: dict[str, Path], tmp_path: Path) -> None:
+    uploads = [upload(site, tmp_path, i, "gpt2-pico", seed=7) for i in range(5)]
+    found = distinct_state(load(proxies_of(site, uploads, [0] * 5, tmp_path / "out")[0].folder))
+    assert all(torch.equal(found[name], load_file(uploads[0].path)[MODEL + name]) for name in found)
+
+
+def test_models_that_started_elsewhere_are_refused_by_name(site: dict[str, Path], tmp_path: Path) -> None:
+    uploads = [upload(site, tmp_path, i, "gpt2-pico", seed=i) for i in range(3)]
+    uploads[2] = replace(uploads[2], init_id="elsewhere")
+    with pytest.raises(UploadError, match=r"d2 started from other weights than d0 \(gpt2-pico\).*; start all devices"):
+        proxies_of(site, uploads, [0, 0, 0], tmp_path / "out")
+
+
+def spoil(name: str, value: float) -> Callable[[State], None]:
+    def change(state: State) -> None:
+        state[name] = torch.full_like(state[name], value)
+
+    return change
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    (spoil("model.norm.weight", float("nan")), "d1.*model.norm.weight"),
+    (spoil("model.norm.weight", float("inf")), "d1.*model.norm.weight"),
+    (lambda state: state.pop("model.norm.weight"), r"d1: tensor model.norm.weight is missing, where llama-pico has \[\d+\]; let"),
+    (lambda state: state.update({"extra": torch.ones(3)}), r"d1: tensor extra is \[3\], where llama-pico has missing; let"),
+    (lambda state: state.update({"model.norm.weight": torch.ones(3)}), r"d1: tensor model.norm.weight is \[3\], where"),
+], ids=["nan", "infinity", "missing", "extra", "shape"])  # fmt: skip
+def test_an_upload_that_cannot_be_averaged_is_refused_by_name(
+    site: dict[str, Path], tmp_path: Path, change: Callable[[State], None], says: str
+) -> None:
+    uploads = [upload(site, tmp_path, i, "llama-pico", seed=i, change=change if i == 1 else None) for i in range(2)]
+    with pytest.raises(UploadError, match=says):
+        proxies_of(site, uploads, [0, 0], tmp_path / "out")
+
+
+def test_memory_does_not_grow_with_the_number_of_devices(
+    site: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An upload is let go before the next one is read."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+    read = proxy.read_model
+
+    def watched(path: Path) -> State:
+        nonlocal most
+        gc.collect()
+        most = max(most, sum(ref() is not None for ref in alive))
+        state = read(path)
+        alive.extend(weakref.ref(tensor) for tensor in state.values())
+        return state
+
+    monkeypatch.setattr(proxy, "read_model", watched)
+    uploads = [upload(site, tmp_path, i, "gpt2-pico", seed=i) for i in range(12)]
+    proxies_of(site, uploads, [0] * 12, tmp_path / "out")
+    assert len(alive) == 12 * len(distinct_state(load(site["gpt2-pico"])))
+    assert most <= 1, "more of an upload than the tensor looked at last is in memory when the next one is read"
