@@ -156,7 +156,8 @@ def test_processes_and_one_process_give_the_same_bytes(run: tuple[Path, Record],
     {"generate": {"share": 0.5, "sequences": 6}, "cluster": {"type": "kmeans", "num_clusters": "auto", "max_clusters": 4}},
     {"warm_start": {"steps": 2}, "distill": {"type": "logits"}, "router": {"start": "random"}},
     {"cluster": {"type": "kmeans", "num_clusters": 4, "groups": "pure"}, "tune": {"steps": 2, "experts": "freeze", "beta": 0.0}},
-], ids=["paper", "deepseek-v2", "deepseek-v3", "split", "generated", "warm-start", "pure"])  # fmt: skip
+    {"embed": {"type": "probe", "documents": 16}},
+], ids=["paper", "deepseek-v2", "deepseek-v3", "split", "generated", "warm-start", "pure", "probe"])  # fmt: skip
 def test_every_way_ends_in_a_checked_checkpoint(changes: dict[str, Any], world: Path, tmp_path: Path) -> None:
     quick = dict.fromkeys(("devices", "proxies", "students"), False)
     record = launch(parse_config(small_tree(world, evaluate=quick, **changes)), tmp_path / "run")

@@ -5,6 +5,7 @@ import json
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -63,6 +64,13 @@ def test_every_allowed_dtype_and_shape_arrives_bit_for_bit() -> None:
         assert got.arrays[name].dtype == tensor.dtype
         assert got.arrays[name].shape == tensor.shape
         assert torch.equal(got.arrays[name], tensor)
+
+
+def test_empty_tensors_of_any_origin_arrive() -> None:
+    for empty in (torch.from_numpy(np.zeros(0, np.float32)).half(), torch.zeros(0, 3), torch.ones(4)[:0]):
+        found = decode(encode(Payload("model", {"e": empty, "w": torch.ones(2)})), source="device d01").arrays
+        assert (found["e"].shape, found["e"].dtype) == (empty.shape, empty.dtype)
+        assert found["w"].tolist() == [1, 1]
 
 
 def test_equal_payloads_have_equal_bytes_whatever_their_order() -> None:

@@ -53,7 +53,8 @@ def parts(payload: Payload) -> Iterator[bytes | memoryview]:
     yield len(text).to_bytes(8, "little") + text
     for _, tensor in tensors:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        yield flat.view(torch.uint8).numpy().data
+        if flat.numel():  # an empty tensor may have strides that forbid the view
+            yield flat.view(torch.uint8).numpy().data
 
 
 def encode(payload: Payload) -> bytes:

@@ -25,13 +25,13 @@ from deepfusion.devices import models
 from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import FleetOptions
 from deepfusion.errors import ModelError
+from deepfusion.methods import exchange
 from deepfusion.methods.base import Site, TargetOptions, methods, plugin
-from deepfusion.methods.exchange import WarmStart, answer_with_model, ask_everyone, collect_uploads, initial_models
 from deepfusion.moe import Family, families
 from deepfusion.stages import generate, merge, proxy, router, tune
 from deepfusion.stages.cluster import Clustering, clusterings, similarity
 from deepfusion.stages.distill import DistillOptions, Rule, distill, rules
-from deepfusion.stages.embed import Embedding, embeddings
+from deepfusion.stages.embed import Embedding, ServerProbe, embeddings
 from deepfusion.training import derive_seed, mixed_precision
 from deepfusion.types import Batch, Call, Clusters, Corpus, Payload, Proxy, Text, Upload
 
@@ -63,7 +63,7 @@ class DeepFusion:
     )  # fmt: skip
 
     recipe: Literal["joint", "paper"] = "joint"
-    warm_start: WarmStart = field(default_factory=WarmStart)
+    warm_start: exchange.WarmStart = field(default_factory=exchange.WarmStart)
     embed: Embedding = plugin(embeddings, "tfidf")
     cluster: Clustering = plugin(clusterings)
     proxy: proxy.ProxyOptions = field(default_factory=proxy.ProxyOptions)
@@ -76,14 +76,16 @@ class DeepFusion:
 
     def client(self, device: Device, request: Payload) -> Payload:
         """Train the device's own model, describe its text by an embedding, and answer with both."""
-        return answer_with_model(device, request, self.embed)
+        return exchange.answer_with_model(device, request, self.embed)
 
     def server(self, site: Site, call: Call) -> Path:
         """Phases I, II and III (DeepFusion, Algorithm 1); returns the folder of the fused MoE."""
         published = self.embed.publish(site.data.public, site.seed)
-        initials = initial_models(site, self.warm_start)
-        requests = ask_everyone(site, initials, published, send_weights=self.warm_start.steps > 0)
-        uploads = collect_uploads(site, call, requests, initials, self.embed.dimension, self.upload_key(site))
+        initials = exchange.initial_models(site, self.warm_start)
+        requests = exchange.ask_everyone(site, initials, published, send_weights=self.warm_start.steps > 0)
+        uploads = exchange.collect_uploads(site, call, requests, initials, self.embed.dimension, self.upload_key(site))
+        if isinstance(self.embed, ServerProbe):
+            uploads = exchange.probe_uploads(site, self.embed, uploads, initials)
 
         clusters = self.find_domains(site, uploads)
         closeness_UK = self.embed.embed_documents(site.data.public, published, site.seed) @ clusters.centroid_KD.T

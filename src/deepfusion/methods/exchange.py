@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
-from deepfusion.artifacts import key_of, write_atomic
+from deepfusion.artifacts import file_digest, key_of, write_atomic
 from deepfusion.data.packing import PackedText
 from deepfusion.devices import models
 from deepfusion.devices.device import Device
@@ -20,9 +24,10 @@ from deepfusion.devices.memory import num_parameters
 from deepfusion.federation.payload import check_embedding, check_metadata, check_state, read_metadata
 from deepfusion.federation.spool import Spool, collect
 from deepfusion.methods.base import Site
-from deepfusion.stages.embed import Embedding
+from deepfusion.stages import evaluate
+from deepfusion.stages.embed import Embedding, ServerProbe
 from deepfusion.stages.local import steps_for, train_causal_lm
-from deepfusion.stages.proxy import MODEL
+from deepfusion.stages.proxy import MODEL, read_model
 from deepfusion.state_dicts import distinct_state, load_distinct
 from deepfusion.training import Optimisation, derive_seed
 from deepfusion.types import Call, ModelSpec, Payload, State, Upload
@@ -59,15 +64,8 @@ def initial_models(site: Site, warm_start: WarmStart) -> dict[str, Path]:
     folders: dict[str, Path] = {}
     for spec in {card.model.name: card.model for card in site.cards}.values():
         seed = derive_seed(site.seed, "initial", spec.name)
-        parts = (
-            spec,
-            seed,
-            warm_start,
-            site.data_key,
-            site.sequence_length,
-            version("deepfusion-moe"),
-            version("torch"),
-        )
+        versions = (version("deepfusion-moe"), version("torch"))
+        parts = (spec, seed, warm_start, site.data_key, site.sequence_length, *versions)
         name = f"initial/{spec.name}-{key_of(*parts)[:12]}"
 
         def make(folder: Path, spec: ModelSpec = spec, seed: int = seed, name: str = name) -> None:
@@ -199,6 +197,36 @@ def read_upload(path: Path) -> Upload:
         embedding_D=embedding_D,
         num_tokens=int(metadata["tokens"]),
     )
+
+
+def probe_uploads(
+    site: Site, embed: ServerProbe, uploads: Sequence[Upload], initials: Mapping[str, Path]
+) -> list[Upload]:
+    """The uploads with the embeddings that the server gives them, by scoring each on public documents."""
+    rows_Q = embed.probes(site.data.public, site.seed)
+    probes = site.data.public.select(rows_Q)
+    bytes_Q = np.maximum(1, [len(probes.text(index).encode()) for index in range(len(probes))])
+
+    def bits_Q(model: PreTrainedModel) -> np.ndarray:
+        scores = evaluate.score_documents(model, probes, site.sequence_length)
+        return np.asarray([score.nll for score in scores]) / bytes_Q / math.log(2)
+
+    def make(folder: Path) -> None:
+        first = {name: bits_Q(models.load(initials[name])) for name in {upload.architecture for upload in uploads}}
+        gains: list[np.ndarray] = []
+        for done, upload in enumerate(uploads, 1):
+            model = models.load(initials[upload.architecture])
+            load_distinct(model, read_model(upload.path))
+            gains.append(first[upload.architecture] - bits_Q(model))
+            site.progress("probe uploads", done, len(uploads), upload.device_id)
+        save_file({"gain_NQ": torch.from_numpy(np.stack(gains))}, folder / "gains.safetensors")
+
+    digests = {upload.device_id: file_digest(upload.path) for upload in uploads}
+    folder = site.folder.keep("probes", make, site.seed, embed, digests, site.data_key, site.sequence_length)
+    gain_NQ = load_file(folder / "gains.safetensors")["gain_NQ"].numpy()
+    document_QD = embed.embed_documents(site.data.public, {}, site.seed)[rows_Q]
+    embedding_ND = embed.embeddings_of(gain_NQ, document_QD)
+    return [replace(upload, embedding_D=row) for upload, row in zip(uploads, embedding_ND, strict=True)]
 
 
 def _with_prefix(payload: Payload, prefix: str) -> State:

@@ -3,6 +3,7 @@
 
 from deepfusion.stages.embed.base import Embedding, embeddings
 from deepfusion.stages.embed.encoder import FrozenEncoder
+from deepfusion.stages.embed.probe import ServerProbe
 from deepfusion.stages.embed.tfidf import HashedTfidf
 
-__all__ = ["Embedding", "FrozenEncoder", "HashedTfidf", "embeddings"]
+__all__ = ["Embedding", "FrozenEncoder", "HashedTfidf", "ServerProbe", "embeddings"]
