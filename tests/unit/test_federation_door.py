@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -27,8 +28,8 @@ from deepfusion.federation.payload import encode
 from deepfusion.types import Payload
 
 APP = "federation_apps:client_app"
-Engine = Literal["forkserver", "inline"]
-ENGINES: tuple[Engine, ...] = ("inline", "forkserver")
+Engine = Literal["forkserver", "inline", "ray"]
+ENGINES: tuple[Engine, ...] = ("inline", "forkserver", *(["ray"] if find_spec("ray") else []))
 IDS = [f"d{i}" for i in range(4)]
 
 
@@ -96,13 +97,22 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10) -> bool:
 
 def test_engines_give_the_same_bytes_for_a_training(grids: dict[Engine, LocalGrid], tmp_path: Path) -> None:
     request = Payload("train", metadata={"seed": 3})
-    (inline, door_of_inline, _), (forked, door_of_forked, _) = (
-        exchange(grids[engine], tmp_path, request) for engine in ENGINES
-    )
-    assert door_of_inline.failures == door_of_forked.failures == {}
-    assert inline.keys() == forked.keys() == set(IDS)
-    assert {d: encode(p) for d, p in inline.items()} == {d: encode(p) for d, p in forked.items()}
-    assert encode(inline["d0"]) != encode(inline["d1"])
+    found: list[dict[str, bytes]] = []
+    for engine in ENGINES:
+        answers, door, _ = exchange(grids[engine], tmp_path, request)
+        assert door.failures == {}
+        found.append({device: encode(payload) for device, payload in answers.items()})
+    assert found[0].keys() == set(IDS)
+    assert all(other == found[0] for other in found[1:])
+    assert found[0]["d0"] != found[0]["d1"]
+
+
+@pytest.mark.skipif(find_spec("ray") is not None, reason="Ray is there")
+def test_an_engine_that_is_not_installed_is_told_with_its_cure() -> None:
+    with pytest.raises(
+        FederationError, match=r'engine = "ray": Ray is not installed; run: pip install "deepfusion-moe\[ray\]"'
+    ):
+        LocalGrid(APP, IDS, engine="ray")
 
 
 def test_ledger_totals_are_the_lengths_of_all_blobs_and_replaying_changes_nothing(

@@ -16,6 +16,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from deepfusion.federation.engines import Engine, ForkServer, Inline
+from deepfusion.federation.ray_engine import OnRay
 
 _POLL = 0.2
 
@@ -32,28 +33,31 @@ class LocalGrid(Grid):
         client_app: str,
         device_ids: Sequence[str],
         *,
-        engine: Literal["forkserver", "inline"] = "forkserver",
+        engine: Literal["forkserver", "inline", "ray"] = "forkserver",
         workers: int = 2,
         timeout: float | None = None,
         node_config: Mapping[str, str | int | float | bool] | None = None,
         run_config: Mapping[str, str | int | float | bool] | None = None,
         preload: Sequence[str] = (),
     ) -> None:
-        """A grid whose clients start when their messages are pushed ("forkserver") or pulled ("inline").
+        """A grid whose clients start when their messages are pushed ("forkserver", "ray") or pulled ("inline").
 
         Args:
             client_app: `module:attribute`.
             device_ids: one node each, in this order. A client finds its own in `context.node_config["device-id"]`.
-            workers: clients that run at the same time ("forkserver").
-            timeout: seconds that a client may take ("forkserver").
+            workers: clients that run at the same time (not "inline").
+            timeout: seconds that a client may take (not "inline").
             node_config: what every node's configuration holds besides `device-id` and `partition-id`.
             run_config: the run's configuration, for every client.
             preload: modules that are imported once for all clients ("forkserver").
         """
-        self._engine: Engine = (
-            Inline(client_app) if engine == "inline"
-            else ForkServer(client_app, workers=workers, timeout=timeout, preload=preload)
-        )  # fmt: skip
+        self._engine: Engine
+        if engine == "inline":
+            self._engine = Inline(client_app)
+        elif engine == "ray":
+            self._engine = OnRay(client_app, workers=workers, timeout=timeout)
+        else:
+            self._engine = ForkServer(client_app, workers=workers, timeout=timeout, preload=preload)
         self.nodes = {device_id: SUPERLINK_NODE_ID + 1 + i for i, device_id in enumerate(device_ids)}
         """Node id of each device."""
         self._run = Run.create_empty(run_id=1)

@@ -13,13 +13,14 @@ class FederationOptions:
     """[federation]: the engine behind the door. Every engine gives the same bytes.
 
     Attributes:
-        engine: "forkserver" runs each device in a process of its own, "inline" runs all in this one (to debug).
-        workers: devices that train at the same time with "forkserver".
+        engine: "forkserver" runs each device in a process of its own, "inline" runs all in this one (to debug),
+            "ray" fans them out over Ray (the extra `ray`; a cluster by RAY_ADDRESS and storage that its machines share).
+        workers: devices that train at the same time, except "inline".
         timeout_seconds: longest time a device may take before it is given up.
         retries: how often a device that crashed is asked again.
     """
 
-    engine: Literal["forkserver", "inline"] = "forkserver"
+    engine: Literal["forkserver", "inline", "ray"] = "forkserver"
     workers: int = 2
     timeout_seconds: float = 86_400.0
     retries: int = 1
