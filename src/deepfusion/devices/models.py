@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -100,7 +101,11 @@ def config_of(
 
 
 def from_config(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
-    """A randomly initialised model, the same for the same seed; no other random stream is disturbed."""
+    """A randomly initialised model, the same for the same seed; no other random stream is disturbed.
+
+    It has a configuration of its own: changing the model's leaves the caller's as it was.
+    """
+    config = copy.deepcopy(config)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=torch.float32)).eval()

@@ -196,19 +196,11 @@ class DeepFusion:
     def merge_students(self, site: Site, students: Sequence[Path], closeness_UK: np.ndarray) -> Path:
         """Phase III: students to experts, a router that knows the domains, and the proof that nothing was lost."""
 
-        def domain_batches() -> list[list[Batch]]:
-            nearest_KU = np.argsort(-closeness_UK.T, axis=1, kind="stable")[:, : self.router.documents]
-            return [
-                [
-                    b
-                    for _, b in document_batches(
-                        site.data.public.select(nearest), site.sequence_length, 2048, most_windows=1
-                    )
-                ]
-                for nearest in nearest_KU
-            ]
-
-        return self.merged(site, "merged", students, domain_batches(), site.folder.key("experts"))
+        nearest_KU = np.argsort(-closeness_UK.T, axis=1, kind="stable")[:, : self.router.documents]
+        texts = [site.data.public.select(nearest_U) for nearest_U in nearest_KU]
+        beginnings = [document_batches(text, site.sequence_length, 2048, most_windows=1) for text in texts]
+        batches = [[batch for _, batch in rows] for rows in beginnings]
+        return self.merged(site, "merged", students, batches, site.folder.key("experts"))
 
     def merged(
         self, site: Site, name: str, students: Sequence[Path], domain_batches: Sequence[Sequence[Batch]], *parts: object
@@ -216,7 +208,7 @@ class DeepFusion:
         """Merge `students` into the stage `name`; its `merge.json` holds the result of the check."""
         family, target = self.target(site)
         slices = self.merge.slices(len(students), family.num_experts(target))
-        seed = derive_seed(site.seed, name)
+        seed, notes = derive_seed(site.seed, name), list[str]()
 
         def make(folder: Path) -> None:
             parts = merge.open_students(students, family=family, target=target, slices=slices)
@@ -224,18 +216,20 @@ class DeepFusion:
             model = merge.merge(parts, start, family=family, target=target, options=self.merge, seed=seed)
             if self.router.start == "prototype" and len(students) > 1:
                 prototypes = router.prototype_router(
-                    model, domain_batches, family=family, slices=slices, options=self.router, seed=seed, note=site.note
-                )
+                    model, domain_batches, family=family, slices=slices, options=self.router, seed=seed, note=notes.append
+                )  # fmt: skip
                 router.set_routers(model, prototypes)
             probes = [batches[0] for batches in domain_batches]
             scale = merge.calibrate_scale(model, probes, family=family)
             worst = max(merge.check_merge(model, parts, probe, family=family, options=self.merge) for probe in probes)
             models.save(model, folder, site.data.tokenizer)
-            (folder / "merge.json").write_text(
-                json.dumps({"largest_logit_difference": worst, "routed_scaling_factor": scale})
-            )
+            said = {"largest_logit_difference": worst, "routed_scaling_factor": scale, "notes": notes}
+            (folder / "merge.json").write_text(json.dumps(said))
 
-        return site.keep(name, make, self.merge, self.router, site.target, *parts)
+        folder = site.keep(name, make, self.merge, self.router, site.target, *parts)
+        for sentence in json.loads((folder / "merge.json").read_text())["notes"]:  # perhaps of a run that crashed since
+            site.note(sentence)
+        return folder
 
     def tune_merged(self, site: Site, merged: Path, teachers: Sequence[Sequence[Proxy]], texts: Sequence[Text]) -> Path:
         """Phase III: tune the merged model on the domains' text, under their teachers."""
