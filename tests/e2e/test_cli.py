@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line as a user meets it: results, JSON for machines, help with examples, errors with a cure."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from deepfusion import cli
+from deepfusion.record import Record
+from small_world import small_tree, write_text
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    write_text(folder)
+    (folder / "run.toml").write_text(tomli_w.dumps(small_tree(folder)))
+    return folder / "run.toml"
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """`deepfusion <arguments>` in this process; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["deepfusion", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def finished(config: Path) -> Path:
+    folder = config.parent / "finished"
+    with pytest.MonkeyPatch.context() as patch:
+        assert call(patch, "run", config, "--out", folder, "--set", "evaluate.devices=false") == 0
+    return folder
+
+
+def test_a_run_ends_with_a_table_and_says_where_everything_is(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert call(monkeypatch, "run", config, "--out", folder, "--seed", "3", "--set", "tune.steps=2") == 0
+    told, progress = capsys.readouterr()
+    for words in ("fused MoE", "public text only", "harbour", str(folder / "moe"), str(folder / "report.html")):
+        assert words in told
+    assert "distill joint: 6 in" in progress, "not a terminal: one line for each finished job"
+    assert "\r" not in progress
+    assert Record.load(folder / "record.json").seed == 3
+
+
+def test_run_stops_where_told_and_prints_json(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "run", config, "--out", tmp_path / "run", "--until", "clusters", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"run": str(tmp_path / "run"), "until": "clusters"}
+    assert call(monkeypatch, "run", config, "--out", tmp_path / "run") == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_a_finished_run_prints_its_record_as_json(
+    config: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--out", finished, "--set", "evaluate.devices=false", "--resume", "--json")
+    assert call(monkeypatch, "run", config, *arguments) == 0
+    assert json.loads(capsys.readouterr().out)["metrics"]["perplexity"] > 1
+
+
+def test_plan_predicts_without_training(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = set(config.parent.iterdir())
+    assert call(monkeypatch, "plan", config) == 0
+    assert "gpt2" in capsys.readouterr().out
+    assert call(monkeypatch, "plan", config, "--json") == 0
+    assert json.loads(capsys.readouterr().out)
+    assert set(config.parent.iterdir()) == before
+
+
+def test_evaluate_and_generate_take_any_model_folder(
+    config: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proxy = next((finished / "proxies").glob("cluster-*"))
+    for model in (finished / "moe", proxy):
+        text = config.parent / "garden/test.jsonl"
+        assert call(monkeypatch, "evaluate", model, "--data", text, "--text", "{text}", "--json") == 0
+        scores = json.loads(capsys.readouterr().out)
+        assert scores["documents"] == 8
+        assert 1 < scores["perplexity"] < 1000
+        assert call(monkeypatch, "generate", model, "The garden note:", "--tokens", "5", "--json") == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["prompt"] == "The garden note:"
+        assert call(monkeypatch, "generate", model, "The garden note:", "--tokens", "5", "--json") == 0
+        assert json.loads(capsys.readouterr().out) == told, "the same seed writes the same"
+
+
+def test_report_and_list(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "report", finished, finished, "--out", tmp_path / "both.html") == 0
+    assert "<html" in (tmp_path / "both.html").read_text(encoding="utf-8")
+    capsys.readouterr()
+    assert call(monkeypatch, "list", "--json") == 0
+    parts: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert {"kmeans", "random"} <= parts["[cluster] type"].keys()
+    assert {"tfidf", "encoder", "probe"} <= parts["[embed] type"].keys()
+    assert call(monkeypatch, "list") == 0
+    assert "qwen2-moe-tiny" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "evaluate", "generate", "report", "list"])
+def test_help_explains_arguments_and_gives_examples(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    assert call(monkeypatch, command, "--help") == 0
+    told = capsys.readouterr().out
+    assert "Examples" in told
+    assert f"deepfusion {command}" in told.split("Examples")[1]
+    explained = {
+        "run": "A TOML file",
+        "plan": "A TOML file",
+        "evaluate": "Any causal LM",
+        "generate": "The text to continue",
+    }
+    assert explained.get(command, "") in told
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    (("run", "nowhere.toml"), "no such file"),
+    (("report", "nowhere"), "nowhere"),
+    (("evaluate", "nowhere", "--data", "x.jsonl"), "nowhere"),
+    (("generate", "nowhere", "hello"), "nowhere"),
+])  # fmt: skip
+def test_mistakes_end_in_a_sentence_and_not_in_a_trace(
+    arguments: tuple[str, ...], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, *arguments) == 2
+    told = capsys.readouterr().err
+    assert says in told
+    assert "Traceback" not in told
+
+
+def test_all_faults_of_a_configuration_are_told_at_once(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    assert (
+        call(monkeypatch, "run", config, "-s", "tune.steps=-1", "-s", "devices.cuont=3", "-s", "router.start=best") == 2
+    )
+    told = capsys.readouterr().err
+    for words in ("steps = -1", 'did you mean "count"', 'start = "best"'):
+        assert words in told
