@@ -29,6 +29,9 @@ LATENT: dict[str, Any] = {
 }  # fmt: skip
 OWN: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"shared_expert_intermediate_size": 40, "intermediate_size": 56, "mlp_only_layers": [0]},
+    "qwen3_moe": {"head_dim": 16, "mlp_only_layers": [0], "intermediate_size": 56},
+    "mixtral": {"intermediate_size": I, "num_hidden_layers": 2},
+    "olmoe": {"intermediate_size": I, "num_hidden_layers": 2},
     "deepseek_v2": {**LATENT, "intermediate_size": 56},
     "deepseek_v3": {**LATENT, "intermediate_size": 2 * I, "routed_scaling_factor": 2.5},
 }

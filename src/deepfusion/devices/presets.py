@@ -52,6 +52,20 @@ def _qwen2_moe(width: int, depth: int, heads: int, expert: int, experts: int = 4
     }  # fmt: skip
 
 
+def _unshared(
+    model_type: str, width: int, depth: int, heads: int, expert: int, experts: int = 4, top: int = 2
+) -> dict[str, Any]:
+    """Qwen3-MoE, Mixtral, OLMoE: no shared experts. Each has names of its own for the two numbers."""
+    values: dict[str, Any] = {
+        "model_type": model_type, "hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads,
+        "num_key_value_heads": heads, "num_experts_per_tok": top, "tie_word_embeddings": True,
+    }  # fmt: skip
+    values |= {"num_experts" if model_type == "olmoe" else "num_local_experts": experts}
+    if model_type == "qwen3_moe":
+        return values | {"moe_intermediate_size": expert, "norm_topk_prob": True}
+    return values | {"intermediate_size": expert}
+
+
 def _deepseek(
     version: int, width: int, depth: int, heads: int, expert: int, experts: int = 4, top: int = 2
 ) -> dict[str, Any]:
@@ -75,6 +89,9 @@ PRESETS: dict[str, Preset] = {
     "qwen2-moe-pico": Preset("Qwen2-MoE, 2 layers of 32, 4 experts, top-2", _qwen2_moe(32, 2, 2, 48)),
     "deepseek-v2-pico": Preset("DeepSeek-V2, 2 layers of 32, 4 experts, top-2", _deepseek(2, 32, 2, 2, 48)),
     "deepseek-v3-pico": Preset("DeepSeek-V3, 2 layers of 32, 4 experts, top-2", _deepseek(3, 32, 2, 2, 48)),
+    "qwen3-moe-pico": Preset("Qwen3-MoE, 2 layers of 32, 4 experts, top-2", _unshared("qwen3_moe", 32, 2, 2, 48)),
+    "mixtral-pico": Preset("Mixtral, 2 layers of 32, 4 experts, top-2", _unshared("mixtral", 32, 2, 2, 48)),
+    "olmoe-pico": Preset("OLMoE, 2 layers of 32, 4 experts, top-2", _unshared("olmoe", 32, 2, 2, 48)),
     # for a laptop: about half a million parameters a device, 1 to 3 million a MoE, at 2,048 tokens of vocabulary
     "gpt2-tiny": Preset("GPT-2, 3 layers of 112", _gpt2(112, 3, 4)),
     "llama-tiny": Preset("Llama, 4 layers of 96", _llama(96, 4, 4, 256)),
@@ -83,6 +100,9 @@ PRESETS: dict[str, Preset] = {
     "qwen2-moe-tiny": Preset("Qwen2-MoE, 4 layers of 128, 4 experts of 256, top-2", _qwen2_moe(128, 4, 4, 256)),
     "deepseek-v2-tiny": Preset("DeepSeek-V2, 4 layers of 128, 4 experts of 256, top-2", _deepseek(2, 128, 4, 4, 256)),
     "deepseek-v3-tiny": Preset("DeepSeek-V3, 4 layers of 128, 4 experts of 256, top-2", _deepseek(3, 128, 4, 4, 256)),
+    "qwen3-moe-tiny": Preset("Qwen3-MoE, 4 layers of 128, 4 experts of 384, top-2", _unshared("qwen3_moe", 128, 4, 4, 384)),
+    "mixtral-tiny": Preset("Mixtral, 4 layers of 128, 4 experts of 384, top-2", _unshared("mixtral", 128, 4, 4, 384)),
+    "olmoe-tiny": Preset("OLMoE, 4 layers of 128, 4 experts of 384, top-2", _unshared("olmoe", 128, 4, 4, 384)),
     # about ten million parameters at 8,192 tokens of vocabulary
     "gpt2-small": Preset("GPT-2, 6 layers of 320", _gpt2(320, 6, 5)),
     "llama-small": Preset("Llama, 8 layers of 288", _llama(288, 8, 6, 768)),

@@ -36,7 +36,7 @@ class Family:
         model_type: its Hugging Face model type, and its name in this project.
         num_experts_key: configuration key of the number of routed experts E.
         width_key: configuration key of one expert's intermediate size I.
-        layers: which layers have experts: every `decoder_sparse_step`-th, or all after `first_k_dense_replace`.
+        layers: which layers have experts: every `decoder_sparse_step`-th, all after `first_k_dense_replace`, or all.
         student: "single" trains a MoE of one expert; "dense" trains plain MLPs, of which the first I neurons become the
             routed expert and the others the shared one (for families that cannot be built with one expert).
         scores: how the router makes weights out of logits.
@@ -49,7 +49,7 @@ class Family:
     model_type: str
     num_experts_key: str
     width_key: str = "moe_intermediate_size"
-    layers: Literal["sparse_step", "after_dense"]
+    layers: Literal["sparse_step", "after_dense", "all"]
     student: Literal["single", "dense"]
     scores: Literal["softmax", "sigmoid"] = "softmax"
     scaling: Literal["none", "folded", "calibrated"] = "none"
@@ -62,9 +62,11 @@ class Family:
     def moe_layers(self, config: PreTrainedConfig) -> tuple[int, ...]:
         """Indices (from 0) of the layers that have experts."""
         depth = int(config.num_hidden_layers)
+        if self.layers == "all":
+            return tuple(range(depth))
         if self.layers == "after_dense":
             return tuple(range(int(config.first_k_dense_replace), depth))
-        step, plain = int(config.decoder_sparse_step), config.mlp_only_layers
+        step, plain = int(config.decoder_sparse_step), config.mlp_only_layers or ()
         return tuple(layer for layer in range(depth) if layer not in plain and (layer + 1) % step == 0)
 
     def ready_target(self, config: PreTrainedConfig) -> PreTrainedConfig:
@@ -74,7 +76,8 @@ class Family:
             ModelError: fewer experts than are used for a token, or no layer with experts.
         """
         target = type(config).from_dict(config.to_dict())
-        target.norm_topk_prob = True
+        if hasattr(target, "norm_topk_prob"):
+            target.norm_topk_prob = True
         target.output_router_logits = False
         experts, top = self.num_experts(target), int(target.num_experts_per_tok or 0)
         if not 1 <= top <= experts:
