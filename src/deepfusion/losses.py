@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
+from torch.nn import functional
 
 from deepfusion.types import Batch
 
@@ -25,11 +26,13 @@ class TeacherLogits(NamedTuple):
         logits_BTV: over the student's vocabulary, at the student's positions; no gradient flows into it.
         weight: factor of its KL in the loss: beta * omega in eq. (11).
         matched_BT: bool, positions at which it speaks (all that hold a token, when the tokenizer is shared).
+        trusted_B: bool, rows on which it is listened to (`trusted_rows`); all when left out.
     """
 
     logits_BTV: torch.Tensor
     weight: float
     matched_BT: torch.Tensor
+    trusted_B: torch.Tensor | None = None
 
 
 class TokenLosses(NamedTuple):
@@ -51,7 +54,8 @@ def next_token_losses(
 
     Position t predicts token t+1. Cross-entropy is the mean over the positions whose next token is counted and valid
     (eq. 2); the KL of a teacher is tau^2 * mean KL(softmax(z_T / tau) || softmax(z_S / tau)) over the positions that it
-    matches (eq. 10). A mean over no position is 0 with zero gradient.
+    matches (eq. 10). A mean over no position is 0 with zero gradient. Rows that a teacher is not trusted on count in its
+    mean as zeros.
 
     Args:
         student_logits_BTV: any floating type; the arithmetic is done in float32 at least.
@@ -65,10 +69,15 @@ def next_token_losses(
     counted_BT[:, :-1] = batch.counted_BT[:, 1:] & batch.valid_BT[:, 1:]
     target_BT = batch.input_ids_BT.roll(-1, dims=1)
     mean_R = _mean_weights(counted_BT)
-    kl_weights = [teacher.weight * _mean_weights(teacher.matched_BT) for teacher in teachers]
+    kl_weights: list[torch.Tensor] = []
     used_R = counted_BT.flatten()
     for teacher in teachers:
-        used_R = used_R | teacher.matched_BT.flatten()
+        matched_BT, weight_R = teacher.matched_BT, teacher.weight * _mean_weights(teacher.matched_BT)
+        if teacher.trusted_B is not None:
+            trusted_BT = teacher.trusted_B[:, None].expand_as(matched_BT)
+            matched_BT, weight_R = matched_BT & trusted_BT, weight_R * trusted_BT.flatten()
+        kl_weights.append(weight_R)
+        used_R = used_R | matched_BT.flatten()
     row_Q = used_R.nonzero().squeeze(-1)
     vocabulary = student_logits_BTV.shape[-1]
     arguments: list[Any] = [student_logits_BTV.reshape(-1, vocabulary), row_Q, target_BT.flatten(), mean_R, temperature]
@@ -77,6 +86,26 @@ def next_token_losses(
     loss, cross_entropy, divergence = cast(tuple[torch.Tensor, ...], _FusedTokenLoss.apply(*arguments))
     total_weight = sum(teacher.weight for teacher in teachers)
     return loss, TokenLosses(cross_entropy, divergence / total_weight if total_weight else divergence)
+
+
+@torch.no_grad()
+def trusted_rows(teacher_logits_BTV: torch.Tensor, student_logits_BTV: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Rows of text that the teacher predicts at least as well as the student does: (B,), bool.
+
+    A teacher knows its own domain; elsewhere, once the student is ahead, its distributions lead away from the text.
+    """
+    return _row_cross_entropy(teacher_logits_BTV, batch) <= _row_cross_entropy(student_logits_BTV, batch)
+
+
+def _row_cross_entropy(logits_BTV: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Sum of the cross-entropy over each row's next tokens, (B,)."""
+    target_BT, valid_BT = batch.input_ids_BT[:, 1:], batch.valid_BT[:, 1:]
+    rows = zip(logits_BTV[:, :-1].detach(), target_BT, valid_BT, strict=True)  # one at a time: memory flat in B
+    nll = [
+        functional.cross_entropy(row_TV.float(), target_T, reduction="none") * valid_T
+        for row_TV, target_T, valid_T in rows
+    ]
+    return torch.stack(nll).sum(1)
 
 
 def balance_loss(probabilities: Sequence[torch.Tensor], top_k: int, valid_BT: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from deepfusion.artifacts import write_atomic
 from deepfusion.devices.features import forward
 from deepfusion.devices.models import load, save
-from deepfusion.losses import TeacherLogits, balance_loss, next_token_losses
+from deepfusion.losses import TeacherLogits, balance_loss, next_token_losses, trusted_rows
 from deepfusion.moe import Family
 from deepfusion.moe.base import expert_parameters, router_logits
 from deepfusion.training import Checkpoint, Optimisation, accelerator, derive_seed, fit
@@ -35,6 +35,7 @@ class TuneOptions:
         steps: optimiser steps; 0 leaves the merged model as it is.
         beta: weight of the KL to the teachers of each row's domain; 0 is the paper's way.
         temperature: tau of that KL.
+        trust: as in [distillation].
         balance: weight of the balance loss over the experts; 0 is the paper's way.
         experts: "train" tunes the routed experts too, "freeze" leaves them as they were distilled (the paper's way).
         expert_rate: factor on the learning rate of the routed experts.
@@ -44,6 +45,7 @@ class TuneOptions:
     steps: int = 200
     beta: float = 1.0
     temperature: float = 1.0
+    trust: Literal["better", "all"] = "better"
     balance: float = 0.01
     experts: Literal["train", "freeze"] = "train"
     expert_rate: float = 0.3
@@ -195,7 +197,8 @@ def tuning_losses(
         for teacher, omega in domain_teachers:
             with torch.no_grad():
                 predicted_BTV = forward(teacher, mine).logits_BTV
-            predictions.append(TeacherLogits(predicted_BTV, options.beta * omega, mine.valid_BT))
+            trusted_B = trusted_rows(predicted_BTV, mine_BTV, mine) if options.trust == "better" else None
+            predictions.append(TeacherLogits(predicted_BTV, options.beta * omega, mine.valid_BT, trusted_B))
         token_loss, parts = next_token_losses(mine_BTV, predictions, mine, options.temperature)
         loss = loss + share * token_loss
         cross_entropy = cross_entropy + share * parts.cross_entropy

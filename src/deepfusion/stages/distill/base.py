@@ -31,6 +31,8 @@ class DistillOptions:
         alpha: weight of the rule's feature loss; 0 switches it off.
         beta: weight of the KL to the teachers' next-token distributions; 0 switches it off.
         temperature: tau of that KL.
+        trust: "better" takes the KL only on rows of text that the teacher predicts at least as well as the student does;
+            "all" everywhere (paper).
         align: "same" asks for teachers with the student's vocabulary; "none" compares no vocabularies and leaves the
             KL out, the teachers must still be able to read the student's token ids.
         text: public text for domain i is drawn by its closeness to the domain ("domain") or evenly ("uniform").
@@ -41,6 +43,7 @@ class DistillOptions:
     alpha: float = 1.0
     beta: float = 1.0
     temperature: float = 1.0
+    trust: Literal["better", "all"] = "better"
     align: Literal["same", "none"] = "same"
     text: Literal["domain", "uniform"] = "domain"
     optimisation: Optimisation = field(default_factory=Optimisation)

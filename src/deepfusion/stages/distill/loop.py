@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from deepfusion.artifacts import write_atomic
 from deepfusion.devices.features import forward
 from deepfusion.devices.models import load, save
-from deepfusion.losses import TeacherLogits, next_token_losses
+from deepfusion.losses import TeacherLogits, next_token_losses, trusted_rows
 from deepfusion.moe import Family
 from deepfusion.moe.single import compute_as_mlp
 from deepfusion.stages.distill.align import check_same_vocabulary, same_tokens
@@ -230,6 +230,7 @@ def domain_losses(
     adapters = [teacher.adapter for teacher in teachers if teacher.adapter is not None]
     taps = sorted({tap for adapter in adapters for tap in adapter.student_taps})
     alignment = same_tokens(batch)
+    student_outputs = forward(student, batch, taps=taps)
     seen: list[tuple[torch.Tensor, ...]] = []
     predictions: list[TeacherLogits] = []
     for teacher in teachers if beta or adapters else ():
@@ -240,10 +241,11 @@ def domain_losses(
         seen.append(outputs.taps)
         if beta:
             logits_BTV = alignment.on_student(outputs.logits_BTV)
-            predictions.append(TeacherLogits(logits_BTV, beta * teacher.weight, alignment.matched_BT))
-    outputs = forward(student, batch, taps=taps)
-    hidden = dict(zip(taps, outputs.taps, strict=True))
-    loss, parts = next_token_losses(outputs.logits_BTV, predictions, batch, options.temperature)
+            trust = options.trust == "better"
+            trusted_B = trusted_rows(logits_BTV, student_outputs.logits_BTV, batch) if trust else None
+            predictions.append(TeacherLogits(logits_BTV, beta * teacher.weight, alignment.matched_BT, trusted_B))
+    hidden = dict(zip(taps, student_outputs.taps, strict=True))
+    loss, parts = next_token_losses(student_outputs.logits_BTV, predictions, batch, options.temperature)
     losses = {"ce": parts.cross_entropy, "kl": parts.divergence}
     for teacher, teacher_hidden in zip(teachers, seen, strict=bool(seen)):
         if teacher.adapter is not None:
