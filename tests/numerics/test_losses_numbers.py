@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy, log_softmax
 
 from deepfusion import losses
-from deepfusion.losses import TeacherLogits, balance_loss, next_token_losses
+from deepfusion.losses import TeacherLogits, balance_loss, next_token_losses, trusted_rows
 from deepfusion.types import Batch
 
 B, T, V = 3, 7, 11
@@ -114,6 +114,31 @@ def test_a_teacher_that_matches_nowhere_changes_nothing() -> None:
     with_teacher = torch.autograd.grad(next_token_losses(student, [silent], batch, 1.0)[0], student)[0]
     alone = torch.autograd.grad(next_token_losses(student, [], batch, 1.0)[0], student)[0]
     assert torch.equal(with_teacher, alone)
+
+
+def test_rows_without_trust_count_as_zeros_in_the_mean() -> None:
+    batch, student = batch_of(), logits(3).requires_grad_()
+    trusted_B = torch.tensor([True, False, True])
+    teacher = TeacherLogits(logits(4), 0.7, batch.valid_BT, trusted_B)
+    loss, _ = next_token_losses(student, [teacher], batch, 1.0)
+    (gradient,) = torch.autograd.grad(loss, student)
+    heard_BT = batch.valid_BT & trusted_B[:, None]
+    share = int(heard_BT.sum()) / int(batch.valid_BT.sum())
+    ce, kl = plain_formula(student, [TeacherLogits(logits(4), 0.7 * share, heard_BT)], batch, 1.0)
+    torch.testing.assert_close(loss, ce + kl, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(gradient, torch.autograd.grad(ce + kl, student)[0], rtol=1e-8, atol=1e-12)
+
+
+def test_a_teacher_is_trusted_on_the_rows_that_it_predicts_no_worse() -> None:
+    batch = Batch(torch.randint(0, V, (B, T)), torch.ones(B, T, dtype=torch.bool), batch_of().valid_BT)
+    right_BTV = torch.nn.functional.one_hot(batch.input_ids_BT.roll(-1, 1), V).double() * 5
+    student = torch.zeros(B, T, V, dtype=torch.float64)
+    teacher = torch.stack([right_BTV[0], -right_BTV[1], student[2]])
+    assert trusted_rows(teacher, student, batch).tolist() == [True, False, True], "better, worse, equal"
+    assert trusted_rows(student, student, batch).all()
+    noisy = teacher.clone()
+    noisy[~batch.valid_BT] += 100 * torch.randn(int((~batch.valid_BT).sum()), V, dtype=torch.float64)
+    assert trusted_rows(noisy, student, batch).tolist() == [True, False, True], "padding says nothing"
 
 
 def test_identical_teacher_and_student_give_zero_divergence_and_zero_gradient() -> None:

@@ -264,9 +264,10 @@ class DeepFusion:
         domains = len(json.loads((site.folder / "clusters.json").read_text())["members"])
         text = PackedText(site.data.public, site.sequence_length, derive_seed(site.seed, "reference"))
         optimisation = self.distillation.optimisation
-        options = replace(
-            self.distillation, optimisation=replace(optimisation, batch_size=domains * optimisation.batch_size)
-        )  # fmt: skip
+        options = DistillOptions(
+            steps=self.distillation.steps,
+            optimisation=replace(optimisation, batch_size=domains * optimisation.batch_size),
+        )  # nothing of teachers: runs that differ in those share a reference
 
         def make(folder: Path) -> None:
             distill(
@@ -275,9 +276,10 @@ class DeepFusion:
                 scratch=site.folder.scratch("reference/base"), progress=site.progress, out=folder,
             )  # fmt: skip
 
-        parts = (self.distillation, domains, site.target, site.data_key, site.sequence_length)
+        parts = (options, domains, site.target, site.data_key, site.sequence_length)
         base = site.folder.keep("reference/base", make, site.seed, *parts)
-        plain = replace(self, merge=replace(self.merge, fill="replicate"))
+        tuning = replace(self.tune, beta=0.0, trust="all")
+        plain = replace(self, merge=replace(self.merge, fill="replicate"), tune=tuning)
         merged = plain.merged(site, "reference/merged", [base / "0"], [[text.batch(0, 8)]], parts)
         return plain.tuned(site, "reference/moe", merged, [[]], [text], parts)
 
