@@ -31,8 +31,7 @@ from deepfusion.record import (
 )  # fmt: skip
 from deepfusion.run import Notes, private_corpus, versions
 from deepfusion.stages.evaluate import Score, by_domain, expert_load, mutual_information, score_documents, total
-from deepfusion.stages.proxy import load_proxies, read_model
-from deepfusion.state_dicts import load_distinct
+from deepfusion.stages.proxy import load_proxies, load_upload
 
 CURVE_POINTS = 400
 """Longest curve in the record; longer ones are thinned."""
@@ -93,13 +92,7 @@ class _Scorer:
 
     def upload(self, device_id: str, path: Path, start: Path) -> dict[str, Score]:
         """Score by domain of a device's uploaded model."""
-
-        def load() -> Any:
-            model = models.load(start)
-            load_distinct(model, read_model(path))
-            return model
-
-        return self._kept(f"device {device_id}", [file_digest(path)], load)
+        return self._kept(f"device {device_id}", [file_digest(path)], lambda: load_upload(path, start))
 
     def _kept(self, name: str, digests: Sequence[str], load: Any) -> dict[str, Score]:
         site = self._site

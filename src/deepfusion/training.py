@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from deepfusion.errors import ConfigError
 from deepfusion.types import Progress, State, silent
@@ -154,6 +155,11 @@ class Checkpoint:
                     p = parameters[name]
                     optimiser.state[p][kind] = moment if kind == "step" else moment.to(p.device)
         return int(metadata["step"]), json.loads(metadata["history"])
+
+
+def to_device(model: PreTrainedModel, optimisation: Optimisation) -> PreTrainedModel:
+    """The model on the accelerator's device."""
+    return model.to(accelerator(optimisation.precision).device)  # pyright: ignore[reportArgumentType, reportReturnType]
 
 
 def fit(

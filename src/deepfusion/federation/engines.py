@@ -212,10 +212,7 @@ class ForkServer:
         if path.exists():
             reply = read_message(path)
         elif killed:
-            reason = (
-                f"gave no answer within {self._timeout:g} s; raise [federation] timeout_seconds, or give it less to do"
-            )
-            reply = Message(Error(ErrorCode.UNKNOWN, reason), reply_to=job.message), job.context
+            reply = Message(Error(ErrorCode.UNKNOWN, took_too_long(self._timeout)), reply_to=job.message), job.context
         else:
             reply = (
                 Message(Error(ErrorCode.CLIENT_APP_CRASHED, _how_it_ended(status)), reply_to=job.message),
@@ -223,6 +220,11 @@ class ForkServer:
             )
         shutil.rmtree(folder, ignore_errors=True)  # the reply's data stays memory-mapped
         return reply
+
+
+def took_too_long(timeout: float | None) -> str:
+    """Why a client was ended that had not answered within `timeout` seconds."""
+    return f"gave no answer within {timeout:g} s; raise [federation] timeout_seconds, or give it less to do"
 
 
 def _how_it_ended(status: int) -> str:

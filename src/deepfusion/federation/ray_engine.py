@@ -16,6 +16,7 @@ from flwr.app import Context, Error, Message
 from flwr.common.constant import ErrorCode
 
 from deepfusion.errors import FederationError
+from deepfusion.federation.engines import took_too_long
 from deepfusion.federation.messages import read_message, run_client, write_message
 from deepfusion.federation.nursery import load_app
 
@@ -68,7 +69,9 @@ class OnRay:
         overdue = [job for job in running if self._seconds_left(job) <= 0]
         for job in overdue:
             self._ray.cancel(job, force=True)
-        return [self._reply(job) for job in ready] + [self._failed(job, self._too_long()) for job in overdue]
+        return [self._reply(job) for job in ready] + [
+            self._failed(job, took_too_long(self._timeout)) for job in overdue
+        ]
 
     def close(self) -> None:
         """End the clients, and Ray where it was started here."""
@@ -107,9 +110,6 @@ class OnRay:
     def _failed(self, job: Any, reason: str) -> tuple[Message, Context]:
         message, context, _ = self._jobs.pop(job)
         return Message(Error(ErrorCode.CLIENT_APP_CRASHED, reason), reply_to=message), context
-
-    def _too_long(self) -> str:
-        return f"gave no answer within {self._timeout:g} s; raise [federation] timeout_seconds, or give it less to do"
 
 
 def _import(client_app: str) -> None:

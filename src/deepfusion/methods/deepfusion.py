@@ -84,11 +84,12 @@ class DeepFusion:
         initials = exchange.initial_models(site, self.warm_start)
         requests = exchange.ask_everyone(site, initials, published, send_weights=self.warm_start.steps > 0)
         uploads = exchange.collect_uploads(site, call, requests, initials, self.embed.dimension, self.upload_key(site))
+        document_UD = self.embed.embed_documents(site.data.public, published, site.seed)
         if isinstance(self.embed, ServerProbe):
-            uploads = exchange.probe_uploads(site, self.embed, uploads, initials)
+            uploads = exchange.probe_uploads(site, self.embed, uploads, initials, document_UD)
 
         clusters = self.find_domains(site, uploads)
-        closeness_UK = self.embed.embed_documents(site.data.public, published, site.seed) @ clusters.centroid_KD.T
+        closeness_UK = document_UD @ clusters.centroid_KD.T
         teachers = self.average(site, uploads, clusters, initials)
         texts = self.domain_texts(site, closeness_UK, teachers)
         experts = self.distil(site, teachers, texts)

@@ -27,7 +27,7 @@ from deepfusion.methods.base import Site
 from deepfusion.stages import evaluate
 from deepfusion.stages.embed import Embedding, ServerProbe
 from deepfusion.stages.local import steps_for, train_causal_lm
-from deepfusion.stages.proxy import MODEL, read_model
+from deepfusion.stages.proxy import MODEL, load_upload
 from deepfusion.state_dicts import distinct_state, load_distinct
 from deepfusion.training import Optimisation, derive_seed
 from deepfusion.types import Call, ModelSpec, Payload, State, Upload
@@ -200,9 +200,13 @@ def read_upload(path: Path) -> Upload:
 
 
 def probe_uploads(
-    site: Site, embed: ServerProbe, uploads: Sequence[Upload], initials: Mapping[str, Path]
+    site: Site, embed: ServerProbe, uploads: Sequence[Upload], initials: Mapping[str, Path], document_UD: np.ndarray
 ) -> list[Upload]:
-    """The uploads with the embeddings that the server gives them, by scoring each on public documents."""
+    """The uploads with the embeddings that the server gives them, by scoring each on public documents.
+
+    Args:
+        document_UD: embeddings of the public documents.
+    """
     rows_Q = embed.probes(site.data.public, site.seed)
     probes = site.data.public.select(rows_Q)
     bytes_Q = np.maximum(1, [len(probes.text(index).encode()) for index in range(len(probes))])
@@ -215,17 +219,14 @@ def probe_uploads(
         first = {name: bits_Q(models.load(initials[name])) for name in {upload.architecture for upload in uploads}}
         gains: list[np.ndarray] = []
         for done, upload in enumerate(uploads, 1):
-            model = models.load(initials[upload.architecture])
-            load_distinct(model, read_model(upload.path))
-            gains.append(first[upload.architecture] - bits_Q(model))
+            gains.append(first[upload.architecture] - bits_Q(load_upload(upload.path, initials[upload.architecture])))
             site.progress("probe uploads", done, len(uploads), upload.device_id)
         save_file({"gain_NQ": torch.from_numpy(np.stack(gains))}, folder / "gains.safetensors")
 
     digests = {upload.device_id: file_digest(upload.path) for upload in uploads}
     folder = site.folder.keep("probes", make, site.seed, embed, digests, site.data_key, site.sequence_length)
     gain_NQ = load_file(folder / "gains.safetensors")["gain_NQ"].numpy()
-    document_QD = embed.embed_documents(site.data.public, {}, site.seed)[rows_Q]
-    embedding_ND = embed.embeddings_of(gain_NQ, document_QD)
+    embedding_ND = embed.embeddings_of(gain_NQ, document_UD[rows_Q])
     return [replace(upload, embedding_D=row) for upload, row in zip(uploads, embedding_ND, strict=True)]
 
 

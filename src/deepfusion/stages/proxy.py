@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safetensors import safe_open
+from transformers import PreTrainedModel
 
 from deepfusion.devices.models import load, save
 from deepfusion.errors import ModelError, UploadError
@@ -107,6 +108,13 @@ def read_model(path: Path) -> State:
     with safe_open(path, framework="pt") as file:
         names: list[str] = [name for name in file.keys() if name.startswith(MODEL)]  # noqa: SIM118
         return {name.removeprefix(MODEL): file.get_tensor(name) for name in names}
+
+
+def load_upload(path: Path, start: Path) -> PreTrainedModel:
+    """A device's uploaded model; `start` is the folder of its architecture's first weights."""
+    model = load(start)
+    load_distinct(model, read_model(path))
+    return model
 
 
 def _same_start(group: Sequence[Upload]) -> None:

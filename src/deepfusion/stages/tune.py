@@ -23,7 +23,7 @@ from deepfusion.devices.models import load, save
 from deepfusion.losses import TeacherLogits, balance_loss, next_token_losses, trusted_rows
 from deepfusion.moe import Family
 from deepfusion.moe.base import expert_parameters, router_logits
-from deepfusion.training import Checkpoint, Optimisation, accelerator, derive_seed, fit
+from deepfusion.training import Checkpoint, Optimisation, accelerator, derive_seed, fit, to_device
 from deepfusion.types import Batch, Progress, Proxy, Text, silent
 
 
@@ -91,8 +91,7 @@ def tune(
     """
     assert len(teachers) == len(texts), "one text for each domain"
     optimisation = options.optimisation
-    compute = accelerator(optimisation.precision)
-    model = _on(compute.device, load(moe_folder)).train()
+    model = to_device(load(moe_folder), optimisation).train()
     if optimisation.gradient_checkpointing:
         model.activation_checkpointing_enable()
     experts = set(expert_parameters(model))
@@ -100,7 +99,7 @@ def tune(
         for name in experts:
             model.get_parameter(name).requires_grad_(False)
     frozen = [
-        [(_on(compute.device, load(p.folder)).requires_grad_(False), p.weight) for p in domain if options.beta]
+        [(to_device(load(p.folder), optimisation).requires_grad_(False), p.weight) for p in domain if options.beta]
         for domain in teachers
     ]
     history = fit(
@@ -204,7 +203,3 @@ def tuning_losses(
         cross_entropy = cross_entropy + share * parts.cross_entropy
         divergence = divergence + share * parts.divergence
     return {"loss": loss, "ce": cross_entropy, "kl": divergence, "balance": balance}
-
-
-def _on(device: torch.device, model: PreTrainedModel) -> PreTrainedModel:
-    return model.to(device)  # pyright: ignore[reportArgumentType, reportReturnType]

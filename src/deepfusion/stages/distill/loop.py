@@ -29,7 +29,7 @@ from deepfusion.moe import Family
 from deepfusion.moe.single import compute_as_mlp
 from deepfusion.stages.distill.align import check_same_vocabulary, same_tokens
 from deepfusion.stages.distill.base import Adapter, DistillOptions, Rule
-from deepfusion.training import Checkpoint, Optimisation, accelerator, derive_seed, fit
+from deepfusion.training import Checkpoint, accelerator, derive_seed, fit, to_device
 from deepfusion.types import Batch, Progress, Proxy, State, Text, silent
 
 Rows = list[dict[str, float]]
@@ -287,11 +287,6 @@ def _parameters(shared: State, domains: Sequence[Domain]) -> State:
                 named = teacher.adapter.named_parameters()
                 parameters |= {f"adapter {domain.index}.{number}/{name}": tensor for name, tensor in named}
     return parameters
-
-
-def to_device(model: PreTrainedModel, optimisation: Optimisation) -> PreTrainedModel:
-    """The model on the accelerator's device."""
-    return model.to(accelerator(optimisation.precision).device)  # pyright: ignore[reportArgumentType, reportReturnType]
 
 
 def _leaves(state: State) -> State:
