@@ -8,7 +8,7 @@ each chunk's softmax is used while it is in the cache, and nothing of size B*T*V
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch.nn import functional
@@ -26,7 +26,7 @@ class TeacherLogits(NamedTuple):
         logits_BTV: over the student's vocabulary, at the student's positions; no gradient flows into it.
         weight: factor of its KL in the loss: beta * omega in eq. (11).
         matched_BT: bool, positions at which it speaks (all that hold a token, when the tokenizer is shared).
-        trusted_B: bool, rows on which it is listened to (`trusted_rows`); all when left out.
+        trusted_B: bool, rows on which it is listened to (`listen`); all when left out.
     """
 
     logits_BTV: torch.Tensor
@@ -40,7 +40,7 @@ class TokenLosses(NamedTuple):
 
     Attributes:
         cross_entropy: mean over counted positions, in nats; 0 without one.
-        divergence: tau^2 * KL(teacher || student), mean over matched positions; the teachers' mean by weight.
+        divergence: tau^2 * KL(teacher || student), mean over the positions that are listened to, by their weight.
     """
 
     cross_entropy: torch.Tensor
@@ -84,17 +84,32 @@ def next_token_losses(
     for teacher, weight_R in zip(teachers, kl_weights, strict=True):
         arguments += [teacher.logits_BTV.detach().reshape(-1, vocabulary), weight_R]
     loss, cross_entropy, divergence = cast(tuple[torch.Tensor, ...], _FusedTokenLoss.apply(*arguments))
-    total_weight = sum(teacher.weight for teacher in teachers)
-    return loss, TokenLosses(cross_entropy, divergence / total_weight if total_weight else divergence)
+    heard = sum(float(weight_R.sum()) for weight_R in kl_weights)
+    return loss, TokenLosses(cross_entropy, divergence / heard if heard else divergence)
+
+
+Trust = Literal["all", "better", "best"]
+"""Whom a student listens to: every teacher everywhere; each where it is ahead of the student; each row's best alone."""
 
 
 @torch.no_grad()
-def trusted_rows(teacher_logits_BTV: torch.Tensor, student_logits_BTV: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Rows of text that the teacher predicts at least as well as the student does: (B,), bool.
+def listen(
+    teachers: Sequence[TeacherLogits], student_logits_BTV: torch.Tensor, batch: Batch, trust: Trust
+) -> list[TeacherLogits]:
+    """The teachers, each with the rows of text on which it is listened to.
 
-    A teacher knows its own domain; elsewhere, once the student is ahead, its distributions lead away from the text.
+    A teacher knows its own domain; elsewhere its distributions lead away from the text. "better" keeps the rows that a
+    teacher predicts at least as well as the student does. "best" gives each row to the one teacher that predicts it
+    best, with the weight of all: also where the student is ahead, for on text that it has read before it always is.
     """
-    return _row_cross_entropy(teacher_logits_BTV, batch) <= _row_cross_entropy(student_logits_BTV, batch)
+    if trust == "all" or not teachers:
+        return list(teachers)
+    nll_AB = torch.stack([_row_cross_entropy(teacher.logits_BTV, batch) for teacher in teachers])
+    if trust == "better":
+        ahead_AB = nll_AB <= _row_cross_entropy(student_logits_BTV, batch)
+        return [teacher._replace(trusted_B=rows_B) for teacher, rows_B in zip(teachers, ahead_AB, strict=True)]
+    best_B, weight = nll_AB.argmin(0), sum(teacher.weight for teacher in teachers)
+    return [teacher._replace(weight=weight, trusted_B=best_B == index) for index, teacher in enumerate(teachers)]
 
 
 def _row_cross_entropy(logits_BTV: torch.Tensor, batch: Batch) -> torch.Tensor:

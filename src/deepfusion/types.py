@@ -7,7 +7,7 @@ sequence, U documents, V vocabulary, H hidden size, I intermediate size, D embed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -112,6 +112,21 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
         return Batch(self.input_ids_BT.to(device), self.counted_BT.to(device), self.valid_BT.to(device))
+
+
+def concatenate(batches: Sequence[Batch]) -> Batch:
+    """The rows of batches of one length T, one batch after the other."""
+    return Batch(
+        torch.cat([batch.input_ids_BT for batch in batches]),
+        torch.cat([batch.counted_BT for batch in batches]),
+        torch.cat([batch.valid_BT for batch in batches]),
+    )
+
+
+def split_rows(batch: Batch, counts: Sequence[int]) -> list[Batch]:
+    """Inverse of `concatenate`: batches of `counts` rows each."""
+    parts = (part.split(list(counts)) for part in (batch.input_ids_BT, batch.counted_BT, batch.valid_BT))
+    return [Batch(*pieces) for pieces in zip(*parts, strict=True)]
 
 
 class Text(Protocol):

@@ -20,7 +20,7 @@ FLOORS = (
     {"config"},
     {"run", "record", "measure", "plan", "inference", "catalogue", "report"},
     {"app"},
-    {"api", "cli", ""},
+    {"api", "cli", "__main__", ""},
 )
 """Rooms from the ground up; a room imports from its own floor or from below. "" is the package itself."""
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy, log_softmax
 
 from deepfusion import losses
-from deepfusion.losses import TeacherLogits, balance_loss, next_token_losses, trusted_rows
+from deepfusion.losses import TeacherLogits, balance_loss, listen, next_token_losses
 from deepfusion.types import Batch
 
 B, T, V = 3, 7, 11
@@ -129,16 +129,37 @@ def test_rows_without_trust_count_as_zeros_in_the_mean() -> None:
     torch.testing.assert_close(gradient, torch.autograd.grad(ce + kl, student)[0], rtol=1e-8, atol=1e-12)
 
 
-def test_a_teacher_is_trusted_on_the_rows_that_it_predicts_no_worse() -> None:
+def rows_heard(
+    teachers: list[torch.Tensor], student: torch.Tensor, batch: Batch, trust: losses.Trust
+) -> list[list[bool]]:
+    heard = listen([TeacherLogits(t, 0.5, batch.valid_BT) for t in teachers], student, batch, trust)
+    return [teacher.trusted_B.tolist() for teacher in heard if teacher.trusted_B is not None]
+
+
+def test_better_listens_to_a_teacher_on_the_rows_that_it_predicts_no_worse() -> None:
     batch = Batch(torch.randint(0, V, (B, T)), torch.ones(B, T, dtype=torch.bool), batch_of().valid_BT)
     right_BTV = torch.nn.functional.one_hot(batch.input_ids_BT.roll(-1, 1), V).double() * 5
     student = torch.zeros(B, T, V, dtype=torch.float64)
     teacher = torch.stack([right_BTV[0], -right_BTV[1], student[2]])
-    assert trusted_rows(teacher, student, batch).tolist() == [True, False, True], "better, worse, equal"
-    assert trusted_rows(student, student, batch).all()
+    assert rows_heard([teacher], student, batch, "better") == [[True, False, True]], "better, worse, equal"
+    assert rows_heard([student], student, batch, "better") == [[True] * B]
+    assert rows_heard([teacher], student, batch, "all") == [], "everywhere"
     noisy = teacher.clone()
     noisy[~batch.valid_BT] += 100 * torch.randn(int((~batch.valid_BT).sum()), V, dtype=torch.float64)
-    assert trusted_rows(noisy, student, batch).tolist() == [True, False, True], "padding says nothing"
+    assert rows_heard([noisy], student, batch, "better") == [[True, False, True]], "padding says nothing"
+
+
+def test_best_listens_on_each_row_to_one_teacher_with_the_weight_of_all() -> None:
+    every_BT = torch.ones(B, T, dtype=torch.bool)
+    batch = Batch(torch.randint(0, V, (B, T)), every_BT, every_BT)
+    right_BTV = torch.nn.functional.one_hot(batch.input_ids_BT.roll(-1, 1), V).double()
+    student = right_BTV * torch.tensor([1.0, 1.0, 9.0])[:, None, None]
+    first = right_BTV * torch.tensor([2.0, 3.0, 8.0])[:, None, None]
+    second = right_BTV * torch.tensor([3.0, 2.0, 7.0])[:, None, None]
+    assert rows_heard([first, second], student, batch, "best") == [[False, True, True], [True, False, False]]
+    teachers = [TeacherLogits(first, 0.2, batch.valid_BT), TeacherLogits(second, 0.5, batch.valid_BT)]
+    assert [teacher.weight for teacher in listen(teachers, student, batch, "best")] == [0.7, 0.7]
+    assert rows_heard([first, first], student, batch, "best") == [[True] * B, [False] * B], "equals: the first"
 
 
 def test_identical_teacher_and_student_give_zero_divergence_and_zero_gradient() -> None:

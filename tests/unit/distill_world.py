@@ -14,27 +14,30 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from deepfusion.devices.models import from_config, make_config, save
 from deepfusion.devices.presets import PRESETS
 from deepfusion.moe import Family, families
-from deepfusion.types import Batch, Proxy
+from deepfusion.types import Batch, Proxy, concatenate
 
 V, T = 48, 16
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Random training rows that depend on (seed, step) alone; every second row is padded when asked for."""
+    """A stream of random rows that depend on (seed, row) alone; every second row is padded when asked for."""
 
     seed: int
     padded: bool = False
     sequence_length: int = T
 
     def batch(self, step: int, batch_size: int) -> Batch:
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + step)
+        return concatenate([self.row(row) for row in range(step * batch_size, (step + 1) * batch_size)])
+
+    def row(self, row: int) -> Batch:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + row)
         # a skewed, learnable text: tokens of one domain lie in one half of the vocabulary
-        token_BT = torch.randint(0, V // 2, (batch_size, T), generator=generator) + (self.seed % 2) * (V // 2)
-        valid_BT = torch.ones(batch_size, T, dtype=torch.bool)
-        if self.padded:
-            valid_BT[1::2, T // 2 + 1 :] = False
-        counted_BT = torch.rand(batch_size, T, generator=generator) < 0.8
+        token_BT = torch.randint(0, V // 2, (1, T), generator=generator) + (self.seed % 2) * (V // 2)
+        valid_BT = torch.ones(1, T, dtype=torch.bool)
+        if self.padded and row % 2:
+            valid_BT[:, T // 2 + 1 :] = False
+        counted_BT = torch.rand(1, T, generator=generator) < 0.8
         return Batch(token_BT * valid_BT, counted_BT, valid_BT)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from distill_world import Rows, T, V, World, config, file_bytes, make_world, write_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from deepfusion.devices.features import forward
 from deepfusion.devices.models import from_config, load, save
@@ -24,7 +24,8 @@ from deepfusion.moe.single import compute_as_mlp
 from deepfusion.stages import merge, router
 from deepfusion.stages.distill import DistillOptions, Logits, Rule, Vaa, distill, loop, rules
 from deepfusion.stages.distill.align import Alignment, same_tokens
-from deepfusion.stages.distill.loop import Teacher, domain_losses, holding
+from deepfusion.stages.distill.loop import holding
+from deepfusion.stages.distill.objective import Teacher, domain_losses
 from deepfusion.training import Checkpoint, Optimisation, derive_seed, fit
 from deepfusion.types import Batch, Proxy
 
@@ -108,6 +109,18 @@ def test_joint_students_merge_exactly(model_type: str, tmp_path: Path) -> None:
     assert merge.check_merge(model, students, Rows(0).batch(0, 4), family=world.family, options=options) < 1e-5
 
 
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_reading_together_is_reading_one_after_the_other(model_type: str, tmp_path: Path) -> None:
+    world = make_world(tmp_path, model_type, domains=2)
+    at_once, in_turn = (run(world, tmp_path / str(together), steps=3, together=together) for together in (True, False))
+    for first, second in zip(at_once["joint"], in_turn["joint"], strict=True):
+        assert first == pytest.approx(second, rel=1e-5)
+    for k in ("0", "1"):
+        states = [load(tmp_path / str(together) / k).state_dict() for together in (True, False)]
+        for name, tensor in states[0].items():
+            torch.testing.assert_close(tensor, states[1][name], rtol=0, atol=2e-5, msg=name)
+
+
 def test_paper_students_share_nothing(world: World, tmp_path: Path) -> None:
     run(world, tmp_path, recipe="paper")
     first, second = (load(tmp_path / str(k)).state_dict() for k in range(2))
@@ -156,6 +169,16 @@ def teachers_at_work(world: World, rule: Rule, *, seed: int = 0) -> list[Teacher
     return made
 
 
+def losses_of(
+    student: PreTrainedModel, teachers: list[Teacher], batch: Batch, options: DistillOptions
+) -> dict[str, torch.Tensor]:
+    """Eq. (11) of one domain."""
+    with torch.no_grad():
+        reads = [forward(t.model, batch, taps=t.adapter.teacher_taps if t.adapter else ()) for t in teachers]
+    (losses,) = domain_losses(student, [teachers], [reads], [batch], options)
+    return losses
+
+
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_gradient_reaches_every_block_of_the_student_and_nothing_of_the_teachers(
     model_type: str, tmp_path: Path
@@ -163,7 +186,8 @@ def test_gradient_reaches_every_block_of_the_student_and_nothing_of_the_teachers
     world = make_world(tmp_path, model_type, domains=1)
     student, teachers = load(world.base), teachers_at_work(world, Vaa())
     features_only = options(alpha=1.0, beta=0.0)
-    domain_losses(student, teachers, Rows(0, padded=True).batch(0, 4), features_only)["features"].backward()
+    losses = losses_of(student, teachers, Rows(0, padded=True).batch(0, 4), features_only)
+    losses["features"].backward()
     router = ".mlp.gate.weight"  # of a single expert: its gradient is exactly zero
     for name, parameter in student.named_parameters():
         if ".layers." in name and not name.endswith(router):
@@ -176,7 +200,7 @@ def test_what_padding_holds_never_changes_any_part_of_the_loss(world: World) -> 
     student, teachers = load(world.base), teachers_at_work(world, Vaa(info_nce=0.1))
     clean = Rows(0, padded=True).batch(0, 4)
     dirty = Batch(torch.where(clean.valid_BT, clean.input_ids_BT, V - 1), clean.counted_BT, clean.valid_BT)
-    first, second = (domain_losses(student, teachers, batch, options(temperature=2.0)) for batch in (clean, dirty))
+    first, second = (losses_of(student, teachers, each, options(temperature=2.0)) for each in (clean, dirty))
     assert set(first) == {"loss", "ce", "kl", "features"}
     for part, value in first.items():
         assert torch.equal(value, second[part]), part
@@ -187,7 +211,7 @@ def test_a_teacher_like_the_student_teaches_nothing(world: World) -> None:
     twin = Teacher(load(world.base).requires_grad_(False), 1.0, None)
     batch = Rows(0).batch(0, 4)
     uncounted = Batch(batch.input_ids_BT, torch.zeros_like(batch.counted_BT), batch.valid_BT)
-    losses = domain_losses(student, [twin], uncounted, options(alpha=0.0))
+    losses = losses_of(student, [twin], uncounted, options(alpha=0.0))
     losses["loss"].backward()
     assert float(losses["kl"]) == pytest.approx(0, abs=1e-7)
     assert max(float(p.grad.abs().max()) for p in student.parameters() if p.grad is not None) < 1e-7

@@ -88,7 +88,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 10) -> bool:
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> bool:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -308,10 +308,14 @@ def test_nothing_is_left_when_the_program_is_killed(tmp_path: Path) -> None:
     (tmp_path / "tmp").mkdir()
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "TMPDIR": str(tmp_path / "tmp")}
     with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], env=environment) as process:
-        assert wait_until(lambda: len(list((tmp_path / "pids").iterdir())) == 2, 30)
-        pids = [int(pid) for note in (tmp_path / "pids").iterdir() for pid in note.name.split("-")]
-        assert all(is_alive(pid) for pid in pids)
-        process.send_signal(signal.SIGKILL)
+        try:
+            assert wait_until(lambda: len(list((tmp_path / "pids").iterdir())) == 2, 300), (
+                "a busy machine is slow to import"
+            )
+            pids = [int(pid) for note in (tmp_path / "pids").iterdir() for pid in note.name.split("-")]
+            assert all(is_alive(pid) for pid in pids)
+        finally:
+            process.send_signal(signal.SIGKILL)
     assert wait_until(lambda: not any(is_alive(pid) for pid in pids))
     assert wait_until(lambda: not list((tmp_path / "tmp").iterdir())), "requests and replies are removed, too"
 

@@ -14,11 +14,12 @@ import pytest
 import torch
 from distill_world import config, write_tokenizer
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from deepfusion.devices.models import from_config, load, save
 from deepfusion.errors import UploadError
 from deepfusion.stages import proxy
-from deepfusion.stages.proxy import MODEL, ProxyOptions, load_proxies, make_proxies
+from deepfusion.stages.proxy import MODEL, Judge, ProxyOptions, load_proxies, make_proxies
 from deepfusion.state_dicts import distinct_state
 from deepfusion.types import Clusters, Proxy, State, Upload
 
@@ -57,12 +58,19 @@ def clusters_of(labels: list[int]) -> Clusters:
 
 
 def proxies_of(
-    site: dict[str, Path], uploads: list[Upload], labels: list[int], out: Path, weights: str = "uniform"
-) -> list[Proxy]:
+    site: dict[str, Path], uploads: list[Upload], labels: list[int], out: Path, weights: str = "uniform",
+    judge: Judge | None = None, soups: int = 4,
+) -> list[Proxy]:  # fmt: skip
+    """The mean of all models of a group; greedy soups where there is a judge."""
     out.mkdir(parents=True)
+
+    def never(_domain: int, _model: PreTrainedModel) -> float:
+        raise AssertionError("a mean asks nobody")
+
     make_proxies(
-        uploads, clusters_of(labels), options=ProxyOptions(weights=weights),  # type: ignore[arg-type]
-        initials={name: site[name] for name in ARCHITECTURES}, tokenizer_folder=site["tokenizer"], out=out,
+        uploads, clusters_of(labels), options=ProxyOptions(average="soup" if judge else "mean", soups=soups, weights=weights),  # type: ignore[arg-type]
+        initials={name: site[name] for name in ARCHITECTURES}, tokenizer_folder=site["tokenizer"],
+        judge=judge or never, out=out,
     )  # fmt: skip
     return load_proxies(out)
 
@@ -101,6 +109,54 @@ def test_token_weights_follow_the_tokens(site: dict[str, Path], tmp_path: Path) 
     first, second = (load_file(u.path) for u in uploads)
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, 0.75 * first[MODEL + name] + 0.25 * second[MODEL + name])
+
+
+def shift(amount: float) -> Callable[[State], None]:
+    def change(state: State) -> None:
+        state["model.norm.weight"] += amount
+
+    return change
+
+
+def far_from(wanted: dict[int, float]) -> Judge:
+    """A judge to whom a model of domain k is the worse the farther its last norm is from `wanted[k]`."""
+    return lambda domain, model: abs(float(distinct_state(model)["model.norm.weight"].mean()) - 1 - wanted[domain])
+
+
+def test_a_model_joins_the_first_soup_that_it_does_not_make_worse_or_begins_its_own(
+    site: dict[str, Path], tmp_path: Path
+) -> None:
+    shifts = [4.0, 1.5, -1.0, 0.5, 7.0]  # the best last norm is 1: d1 and d3 meet there, d2 and d0 only near it
+    uploads = [upload(site, tmp_path, i, "llama-pico", change=shift(by)) for i, by in enumerate(shifts)]
+    found = proxies_of(site, uploads, [0] * 5, tmp_path / "out", judge=far_from({0: 1.0}))
+    assert [(p.members, p.weight) for p in found] == [(("d1", "d3"), 0.4), (("d2", "d0"), 0.4), (("d4",), 0.2)]
+    assert len({p.folder for p in found}) == 3
+    norms = [float(distinct_state(load(p.folder))["model.norm.weight"].mean()) for p in found]
+    assert norms == pytest.approx([2.0, 2.5, 8.0])
+
+
+def test_the_worst_models_are_left_out_where_there_are_soups_enough(site: dict[str, Path], tmp_path: Path) -> None:
+    uploads = [upload(site, tmp_path, i, "llama-pico", change=shift(by)) for i, by in enumerate([0.0, 3.0, 9.0])]
+    found = proxies_of(site, uploads, [0] * 3, tmp_path / "out", judge=far_from({0: 0.0}), soups=2)
+    assert [(p.members, p.weight) for p in found] == [(("d0",), 0.5), (("d1",), 0.5)]
+
+
+def test_each_domain_judges_its_own_soups(site: dict[str, Path], tmp_path: Path) -> None:
+    uploads = [upload(site, tmp_path, i, "llama-pico", change=shift(by)) for i, by in enumerate([0.0, 3.0, 0.0, 3.0])]
+    found = proxies_of(site, uploads, [0, 0, 1, 1], tmp_path / "out", judge=far_from({0: 0.0, 1: 3.0}), soups=1)
+    assert [p.members for p in found] == [("d0",), ("d3",)]
+
+
+def test_equal_models_all_go_into_one_soup_and_one_that_cannot_be_judged_in_none(
+    site: dict[str, Path], tmp_path: Path
+) -> None:
+    uploads = [upload(site, tmp_path, i, "llama-pico", change=shift(by)) for i, by in enumerate([5.0, 0.0, 0.0])]
+
+    def judge(_domain: int, model: PreTrainedModel) -> float:
+        return float("nan") if float(distinct_state(model)["model.norm.weight"].mean()) > 2 else 1.0
+
+    found = proxies_of(site, uploads, [0, 0, 0], tmp_path / "out", judge=judge)
+    assert [p.members for p in found] == [("d1", "d2")]
 
 
 def test_identical_uploads_give_that_model_bit_for_bit(site: dict[str, Path], tmp_path: Path) -> None:

@@ -16,13 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from deepfusion.devices.features import forward
 from deepfusion.devices.models import from_config, load, save
 from deepfusion.moe import families
 from deepfusion.moe.base import expert_parameters
 from deepfusion.stages import tune as stage
 from deepfusion.stages.tune import TuneOptions, domain_rows, tune, tuning_losses
 from deepfusion.training import Checkpoint, Optimisation
-from deepfusion.types import Batch
+from deepfusion.types import Batch, split_rows
 
 FAMILIES = ("qwen2_moe", "deepseek_v2", "deepseek_v3")
 FAST = Optimisation(batch_size=4, learning_rate=3e-3)
@@ -149,13 +150,12 @@ def test_every_domain_is_read_in_order_and_equally_often(domains: int, size: int
     texts = [Counted(k) for k in range(domains)]
     read: list[list[int]] = [[] for _ in texts]
     for step in range(steps):
-        batch, spans = domain_rows(texts, step, size)
+        batch, rows = domain_rows(texts, step, size)
         assert len(batch.input_ids_BT) == size
-        assert spans[0].start == 0
-        assert spans[-1].stop == size
-        for domain, rows in enumerate(spans):
-            assert bool((batch.input_ids_BT[rows, 1] == domain).all())
-            read[domain] += batch.input_ids_BT[rows, 0].tolist()
+        for domain, (part, mine) in enumerate(zip(split_rows(batch, [len(r) for r in rows]), rows, strict=True)):
+            assert bool((part.input_ids_BT[:, 1] == domain).all())
+            assert part.input_ids_BT[:, 0].tolist() == list(mine)
+            read[domain] += mine
     assert all(numbers == list(range(len(numbers))) for numbers in read)
     assert max(map(len, read)) - min(map(len, read)) <= 1
 
@@ -164,22 +164,24 @@ def test_every_domain_is_read_in_order_and_equally_often(domains: int, size: int
 def test_what_padding_holds_never_changes_any_part_of_the_loss(model_type: str, tmp_path: Path) -> None:
     world = with_moe(make_world(tmp_path, model_type))
     model = load(moe(world))
-    teachers = [[(load(p.folder), p.weight) for p in domain] for domain in world.teachers]
-    clean, spans = domain_rows([Rows(k, padded=True) for k in range(2)], 0, 4)
+    clean, rows = domain_rows([Rows(k, padded=True) for k in range(2)], 0, 4)
+    counts = [len(mine) for mine in rows]
     valid_BT = torch.ones(4, T, dtype=torch.bool)
     valid_BT[1, 5:] = valid_BT[2, 9:] = False
     parts = []
     for filler in (0, V - 1):
         batch = Batch(torch.where(valid_BT, clean.input_ids_BT, filler), clean.counted_BT, valid_BT)
-        parts.append(tuning_losses(model, teachers, batch, spans, families[model_type], TuneOptions()))
+        mine = list(zip(world.teachers, split_rows(batch, counts), strict=True))
+        reads = [[(forward(load(p.folder), rows), p.weight) for p in proxies] for proxies, rows in mine]
+        parts.append(tuning_losses(model, reads, batch, counts, families[model_type], TuneOptions()))
     for key, value in parts[0].items():
         torch.testing.assert_close(value, parts[1][key], rtol=1e-6, atol=0)
 
 
 def test_the_balance_loss_reaches_the_router(world: World) -> None:
     model = load(moe(world))
-    batch, spans = domain_rows([Rows(0), Rows(1)], 0, 4)
-    tuning_losses(model, [[], []], batch, spans, world.family, TuneOptions(balance=1.0))["balance"].backward()
+    batch, _ = domain_rows([Rows(0), Rows(1)], 0, 4)
+    tuning_losses(model, [[], []], batch, [2, 2], world.family, TuneOptions(balance=1.0))["balance"].backward()
     gates = [p for name, p in model.named_parameters() if name.endswith("mlp.gate.weight")]
     assert gates
     assert all(p.grad is not None and float(p.grad.abs().max()) > 0 for p in gates)

@@ -35,9 +35,6 @@ from deepfusion.stages.embed import Embedding, ServerProbe, embeddings
 from deepfusion.training import derive_seed, mixed_precision
 from deepfusion.types import Batch, Call, Clusters, Corpus, Payload, Proxy, Text, Upload
 
-DOMAIN_TEMPERATURE = 0.1
-"""Public document u is drawn for domain i with probability proportional to exp(cos(e_u, c_i) / 0.1)."""
-
 
 @methods.register("deepfusion")
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +87,9 @@ class DeepFusion:
 
         clusters = self.find_domains(site, uploads)
         closeness_UK = document_UD @ clusters.centroid_KD.T
-        teachers = self.average(site, uploads, clusters, initials)
-        texts = self.domain_texts(site, closeness_UK, teachers)
+        weights = exchange.domain_weights(closeness_UK, self.distillation.text)
+        teachers = self.average(site, uploads, clusters, initials, weights)
+        texts = self.domain_texts(site, weights, teachers)
         experts = self.distil(site, teachers, texts)
         merged = self.merge_students(site, experts, closeness_UK)
         return self.tune_merged(site, merged, teachers, texts)
@@ -123,27 +121,33 @@ class DeepFusion:
         return clusters
 
     def average(
-        self, site: Site, uploads: Sequence[Upload], clusters: Clusters, initials: dict[str, Path]
+        self,
+        site: Site,
+        uploads: Sequence[Upload],
+        clusters: Clusters,
+        initials: dict[str, Path],
+        weights: exchange.Weights,
     ) -> list[list[Proxy]]:
         """Phase I: one proxy for each domain and architecture, as a list of teachers for each domain."""
 
         def make(folder: Path) -> None:
+            judge = exchange.judge_on_public_text(site, weights, self.proxy.judged_on)
             proxy.make_proxies(
-                uploads, clusters, options=self.proxy, initials=initials,
+                uploads, clusters, options=self.proxy, initials=initials, judge=judge,
                 tokenizer_folder=site.data.tokenizer, out=folder, progress=site.progress,
             )  # fmt: skip
 
         digests = {upload.device_id: file_digest(upload.path) for upload in uploads}
-        folder = site.keep("proxies", make, self.proxy, digests, clusters.label_N.tolist())
+        read = (self.distillation.text, site.data_key) if self.proxy.average == "soup" else ()
+        folder = site.keep("proxies", make, self.proxy, digests, clusters.label_N.tolist(), *read)
         proxies = proxy.load_proxies(folder)
         return [[p for p in proxies if p.cluster == k] for k in range(clusters.num_clusters)]
 
-    def domain_texts(self, site: Site, closeness_UK: np.ndarray, teachers: Sequence[Sequence[Proxy]]) -> list[Text]:
-        """Each domain's training text: public documents near its centroid, mixed with what its teachers wrote."""
+    def domain_texts(self, site: Site, weights: exchange.Weights, teachers: Sequence[Sequence[Proxy]]) -> list[Text]:
+        """Each domain's training text: its part of the public text, mixed with what its teachers wrote."""
         share, length = self.generate.share, site.sequence_length
         texts: list[Text] = []
-        for k, domain_teachers in enumerate(teachers):
-            weights_U = np.exp(closeness_UK[:, k] / DOMAIN_TEMPERATURE) if self.distillation.text == "domain" else None
+        for k, (weights_U, domain_teachers) in enumerate(zip(weights, teachers, strict=True)):
             public = PackedText(site.data.public, length, derive_seed(site.seed, "text", k), weights_U)
             if share:
                 written = PackedText(

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,22 +22,40 @@ from deepfusion.types import Clusters, Progress, Proxy, State, Upload, silent
 MODEL = "model/"
 """Prefix of the model's tensors in an upload."""
 
+Judge = Callable[[int, PreTrainedModel], float]
+"""Log-perplexity of a model on a domain's public text."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProxyOptions:
     """[proxy]: how a domain's models are averaged.
 
     Attributes:
+        average: "mean" of all models of a domain and architecture (paper). Models that were trained on unlike text can
+            average to something worse than each, so "soup" averages a model only with such as do not make the result
+            worse at the domain's public text (greedy soup, arXiv 2203.05482); what fits nowhere begins a soup of its own.
+        soups: most proxies of one domain and architecture; the worst models that fit in none of them are left out.
+        judged_on: public documents that models are compared on for a soup.
         weights: "uniform" counts every device alike (the paper), "tokens" by the tokens that it trained on (alike where
             no device of a group trained on any).
     """
 
+    average: Literal["mean", "soup"] = "soup"
+    soups: int = 4
+    judged_on: int = 128
     weights: Literal["uniform", "tokens"] = "uniform"
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with the values, and the cure."""
+        if self.soups < 1:
+            yield f"soups = {self.soups}: a domain needs a proxy; choose at least 1"
+        if self.judged_on < 1:
+            yield f"judged_on = {self.judged_on}: too few documents to compare models on; choose at least 1"
 
 
 def make_proxies(
     uploads: Sequence[Upload], clusters: Clusters, *, options: ProxyOptions, initials: Mapping[str, Path],
-    tokenizer_folder: Path, out: Path, progress: Progress = silent,
+    tokenizer_folder: Path, judge: Judge, out: Path, progress: Progress = silent,
 ) -> None:  # fmt: skip
     """Write one Hugging Face folder for each domain and architecture, and `proxies.json` beside them.
 
@@ -43,37 +63,66 @@ def make_proxies(
 
     Args:
         initials: folder of each architecture's first weights, for its configuration.
+        judge: asked for average = "soup" only.
 
     Raises:
         UploadError: models of one architecture that started from different weights (averaging those means nothing),
             are not of that architecture, or hold NaN or infinity; names the devices.
     """
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     by_id = {upload.device_id: upload for upload in uploads}
     done = 0
     for cluster in range(clusters.num_clusters):
         members = [by_id[device_id] for device_id in clusters.members(cluster)]
-        tokens = sum(upload.num_tokens for upload in members)
+        made: list[dict[str, Any]] = []
         for architecture in sorted({upload.architecture for upload in members}):
             group = [upload for upload in members if upload.architecture == architecture]
-            folder = f"cluster-{cluster}-{architecture}"
+            _same_start(group)
             model = load(initials[architecture])
-            load_distinct(model, _mean(group, options, distinct_state(model)))
-            save(model, out / folder, tokenizer_folder)
-            own = sum(upload.num_tokens for upload in group)
-            rows.append({
-                "cluster": cluster, "architecture": architecture, "folder": folder, "num_tokens": own,
-                "members": [upload.device_id for upload in group],
-                "weight": own / tokens if tokens else len(group) / len(members),
-            })  # fmt: skip
+            soups = [group] if options.average == "mean" else _soups(group, options, model, partial(judge, cluster))
+            for number, soup in enumerate(soups, 1):
+                folder = f"cluster-{cluster}-{architecture}" + (f"-{number}" if number > 1 else "")
+                load_distinct(model, _mean(soup, options, distinct_state(model)))
+                save(model, out / folder, tokenizer_folder)
+                made.append({
+                    "cluster": cluster, "architecture": architecture, "folder": folder,
+                    "members": [upload.device_id for upload in soup],
+                    "num_tokens": sum(upload.num_tokens for upload in soup),
+                })  # fmt: skip
             done += len(group)
-            progress("average proxies", done, len(uploads), folder)
+            progress("average proxies", done, len(uploads), f"cluster-{cluster}-{architecture}")
+        by_tokens = any(row["num_tokens"] for row in made)
+        parts = [row["num_tokens"] if by_tokens else len(row["members"]) for row in made]
+        rows += [{**row, "weight": part / sum(parts)} for row, part in zip(made, parts, strict=True)]
     (out / "proxies.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+def _soups(
+    group: Sequence[Upload], options: ProxyOptions, model: PreTrainedModel, judge: Callable[[PreTrainedModel], float]
+) -> list[list[Upload]]:
+    """The models of a group, divided into those whose mean is a proxy, best first; `model` is used to try them."""
+    expected = distinct_state(model)
+
+    def nats(uploads: Sequence[Upload]) -> float:
+        load_distinct(model, _mean(uploads, options, expected))
+        value = judge(model)
+        return math.inf if math.isnan(value) else value
+
+    alone = {upload.device_id: nats([upload]) for upload in group}
+    soups: list[tuple[list[Upload], float]] = []
+    for upload in sorted(group, key=lambda upload: alone[upload.device_id]):
+        for index, (soup, best) in enumerate(soups):
+            if (together := nats([*soup, upload])) <= best:
+                soups[index] = [*soup, upload], together
+                break
+        else:
+            if not soups or (len(soups) < options.soups and math.isfinite(alone[upload.device_id])):
+                soups.append(([upload], alone[upload.device_id]))
+    return [soup for soup, _ in soups]
 
 
 def _mean(group: Sequence[Upload], options: ProxyOptions, expected: State) -> State:
     """Mean of the uploads of one cluster and architecture, whose tensors must look like `expected`."""
-    _same_start(group)
     weights = [float(upload.num_tokens) for upload in group]
     if options.weights == "uniform" or not any(weights):
         weights = [1.0] * len(group)

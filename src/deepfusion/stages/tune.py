@@ -18,13 +18,14 @@ import torch
 from transformers import PreTrainedModel
 
 from deepfusion.artifacts import write_atomic
-from deepfusion.devices.features import forward
+from deepfusion.devices.features import Outputs, forward
 from deepfusion.devices.models import load, save
-from deepfusion.losses import TeacherLogits, balance_loss, next_token_losses, trusted_rows
+from deepfusion.devices.read_ahead import ReadAhead
+from deepfusion.losses import TeacherLogits, Trust, balance_loss, listen, next_token_losses
 from deepfusion.moe import Family
 from deepfusion.moe.base import expert_parameters, router_logits
 from deepfusion.training import Checkpoint, Optimisation, accelerator, derive_seed, fit, to_device
-from deepfusion.types import Batch, Progress, Proxy, Text, silent
+from deepfusion.types import Batch, Progress, Proxy, Text, concatenate, silent, split_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class TuneOptions:
     steps: int = 200
     beta: float = 1.0
     temperature: float = 1.0
-    trust: Literal["better", "all"] = "better"
+    trust: Trust = "best"
     balance: float = 0.01
     experts: Literal["train", "freeze"] = "train"
     expert_rate: float = 0.3
@@ -98,13 +99,14 @@ def tune(
     if options.experts == "freeze":
         for name in experts:
             model.get_parameter(name).requires_grad_(False)
-    frozen = [
-        [(to_device(load(p.folder), optimisation).requires_grad_(False), p.weight) for p in domain if options.beta]
-        for domain in teachers
-    ]
+    listened = [domain if options.beta else () for domain in teachers]
+    rows = -(-optimisation.batch_size // len(texts))
+    frozen = [[(to_device(load(p.folder), optimisation).requires_grad_(False), ()) for p in mine] for mine in listened]
+    readers = [ReadAhead(mine, text, rows, optimisation.precision) for mine, text in zip(frozen, texts, strict=True)]
+    weights = [[proxy.weight for proxy in mine] for mine in listened]
     history = fit(
         {name: p for name, p in model.named_parameters() if p.requires_grad},
-        _step(model, frozen, texts, family, options),
+        _step(model, list(zip(texts, readers, weights, strict=True)), family, options),
         steps=options.steps,
         optimisation=optimisation,
         seed=derive_seed(seed, "tune"),
@@ -119,45 +121,38 @@ def tune(
     return history
 
 
-def domain_rows(texts: Sequence[Text], step: int, batch_size: int) -> tuple[Batch, list[slice]]:
-    """One batch of rows from all domains in turn, sorted by domain, and which rows are whose.
+def domain_rows(texts: Sequence[Text], step: int, batch_size: int) -> tuple[Batch, list[range]]:
+    """One batch of rows from all domains in turn, sorted by domain, and which rows of each domain's text they are.
 
     Row r of the endless stream of rows is row r // K of domain r mod K, so every domain's text is read in order and
     equally often whatever the batch size.
     """
-    stream = range(step * batch_size, (step + 1) * batch_size)
-    parts: list[Batch] = []
-    spans: list[slice] = []
-    for domain, text in enumerate(texts):
-        mine = [row // len(texts) for row in stream if row % len(texts) == domain]
-        begin = spans[-1].stop if spans else 0
-        spans.append(slice(begin, begin + len(mine)))
-        parts += [text.batch(row, 1) for row in mine]
-    batch = Batch(
-        torch.cat([part.input_ids_BT for part in parts]),
-        torch.cat([part.counted_BT for part in parts]),
-        torch.cat([part.valid_BT for part in parts]),
-    )
-    return batch, spans
+    first, stop, domains = step * batch_size, (step + 1) * batch_size, len(texts)
+    rows = [range(-(-(first - k) // domains), -(-(stop - k) // domains)) for k in range(domains)]
+    return concatenate([text.batch(row, 1) for text, mine in zip(texts, rows, strict=True) for row in mine]), rows
 
 
 def _step(
     model: PreTrainedModel,
-    teachers: Sequence[Sequence[tuple[PreTrainedModel, float]]],
-    texts: Sequence[Text],
+    domains: Sequence[tuple[Text, ReadAhead, Sequence[float]]],
     family: Family,
     options: TuneOptions,
 ) -> Callable[[int], Mapping[str, float]]:
-    """The backward pass of one optimiser step."""
+    """The backward pass of one optimiser step. A domain: its text, its teachers reading it, and their omegas."""
     compute = accelerator(options.optimisation.precision)
     size, parts = options.optimisation.batch_size, options.optimisation.accumulate
 
     def backward(step: int) -> dict[str, float]:
         sums: dict[str, torch.Tensor] = {}
         for part in range(parts):
-            batch, spans = domain_rows(texts, step * parts + part, size)
+            batch, rows = domain_rows([text for text, _, _ in domains], step * parts + part, size)
+            reads = [
+                list(zip(read(mine.start, mine.stop), weights, strict=True)) if mine else []
+                for mine, (_, read, weights) in zip(rows, domains, strict=True)
+            ]
             with compute.autocast():
-                losses = tuning_losses(model, teachers, batch.to(compute.device), spans, family, options)
+                counts = [len(mine) for mine in rows]
+                losses = tuning_losses(model, reads, batch.to(compute.device), counts, family, options)
             compute.backward(losses["loss"] / parts)
             for key, value in losses.items():
                 sums[key] = sums.get(key, 0.0) + value.detach() / parts
@@ -168,17 +163,17 @@ def _step(
 
 def tuning_losses(
     model: PreTrainedModel,
-    teachers: Sequence[Sequence[tuple[PreTrainedModel, float]]],
+    teachers: Sequence[Sequence[tuple[Outputs, float]]],
     batch: Batch,
-    spans: Sequence[slice],
+    rows: Sequence[int],
     family: Family,
     options: TuneOptions,
 ) -> dict[str, torch.Tensor]:
     """CE + beta KL + balance L_bal on one batch: `loss` with gradient, and its parts `ce`, `kl` and `balance`.
 
     Args:
-        teachers: each domain's (model, omega).
-        spans: each domain's rows of the batch. A domain's losses weigh as much as its rows.
+        teachers: each domain's (outputs on its rows, omega).
+        rows: how many rows of the batch are each domain's, in order. A domain's losses weigh as much as its rows.
     """
     with router_logits(model) as routed:
         logits_BTV = forward(model, batch).logits_BTV
@@ -186,18 +181,15 @@ def tuning_losses(
     balance = balance_loss(probabilities, int(model.config.num_experts_per_tok), batch.valid_BT)
     loss = options.balance * balance
     cross_entropy = divergence = loss.new_zeros(())
-    domain_logits = logits_BTV.split([rows.stop - rows.start for rows in spans])
-    for mine_BTV, rows, domain_teachers in zip(domain_logits, spans, teachers, strict=True):
-        mine = Batch(batch.input_ids_BT[rows], batch.counted_BT[rows], batch.valid_BT[rows])
+    parts_of = zip(logits_BTV.split(list(rows)), split_rows(batch, rows), teachers, strict=True)
+    for mine_BTV, mine, domain_teachers in parts_of:
         share = len(mine.valid_BT) / len(batch.valid_BT)
         if not share:
             continue
-        predictions: list[TeacherLogits] = []
-        for teacher, omega in domain_teachers:
-            with torch.no_grad():
-                predicted_BTV = forward(teacher, mine).logits_BTV
-            trusted_B = trusted_rows(predicted_BTV, mine_BTV, mine) if options.trust == "better" else None
-            predictions.append(TeacherLogits(predicted_BTV, options.beta * omega, mine.valid_BT, trusted_B))
+        predictions = [
+            TeacherLogits(outputs.logits_BTV, options.beta * omega, mine.valid_BT) for outputs, omega in domain_teachers
+        ]
+        predictions = listen(predictions, mine_BTV, mine, options.trust)
         token_loss, parts = next_token_losses(mine_BTV, predictions, mine, options.temperature)
         loss = loss + share * token_loss
         cross_entropy = cross_entropy + share * parts.cross_entropy

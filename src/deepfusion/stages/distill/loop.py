@@ -22,35 +22,19 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from deepfusion.artifacts import write_atomic
-from deepfusion.devices.features import forward
 from deepfusion.devices.models import load, save
-from deepfusion.losses import TeacherLogits, next_token_losses, trusted_rows
 from deepfusion.moe import Family
 from deepfusion.moe.single import compute_as_mlp
-from deepfusion.stages.distill.align import check_same_vocabulary, same_tokens
+from deepfusion.stages.distill.align import check_same_vocabulary
 from deepfusion.stages.distill.base import Adapter, DistillOptions, Rule
+from deepfusion.stages.distill.objective import Teacher, domain_losses, reader
 from deepfusion.training import Checkpoint, accelerator, derive_seed, fit, to_device
-from deepfusion.types import Batch, Progress, Proxy, State, Text, silent
+from deepfusion.types import Progress, Proxy, State, Text, silent
 
 Rows = list[dict[str, float]]
 """What one training logged, a row for each step: `loss`, `ce`, `kl`, `features`, and each for domain i as `loss/i`."""
 History = dict[str, Rows]
 """The rows of each training: "joint", or the number of each domain."""
-
-
-@dataclass(frozen=True, eq=False)
-class Teacher:
-    """A frozen proxy at work.
-
-    Attributes:
-        model: in evaluation mode, without gradients.
-        weight: omega, its share of its domain.
-        adapter: compares its hidden states with the student's; None when features are not compared.
-    """
-
-    model: PreTrainedModel
-    weight: float
-    adapter: Adapter | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,16 +184,25 @@ def _step(
     compute = accelerator(options.optimisation.precision)
     size, parts = options.optimisation.batch_size, options.optimisation.accumulate
 
+    one_pass = family.student == "single" and options.together
+    groups = [domains] if one_pass else [[domain] for domain in domains]
+    readers = {domain.index: reader(domain.teachers, domain.text, options) for domain in domains}
+
     def backward(step: int) -> dict[str, float]:
         sums: dict[str, torch.Tensor] = {}
-        for domain, part in itertools.product(domains, range(parts)):
-            batch = domain.text.batch(step * parts + part, size).to(compute.device)
-            with holding(student, family.join(shared, domain.expert)):
+        for group, part in itertools.product(groups, range(parts)):
+            batches = [domain.text.batch(step * parts + part, size).to(compute.device) for domain in group]
+            begin = (step * parts + part) * size
+            reads = [readers[domain.index](begin, begin + size) for domain in group]
+            expert = {name: torch.cat([domain.expert[name] for domain in group]) for name in group[0].expert}
+            with holding(student, family.join(shared, expert if len(group) > 1 else group[0].expert)):
                 with compute.autocast():
-                    losses = domain_losses(student, domain.teachers, batch, options)
-                compute.backward(losses["loss"] / (len(domains) * parts))
-            for key, value in losses.items():
-                sums[f"{key}/{domain.index}"] = sums.get(f"{key}/{domain.index}", 0.0) + value.detach() / parts
+                    losses = domain_losses(student, [domain.teachers for domain in group], reads, batches, options)
+                total = torch.stack([each["loss"] for each in losses]).sum()
+                compute.backward(total / (len(domains) * parts))
+            for domain, each in zip(group, losses, strict=True):
+                for key, value in each.items():
+                    sums[f"{key}/{domain.index}"] = sums.get(f"{key}/{domain.index}", 0.0) + value.detach() / parts
         if len(domains) > 1:  # an expert sees its own domain's batch only: 1/K of what the shared layers see
             for tensor in (tensor for domain in domains for tensor in domain.expert.values()):
                 assert tensor.grad is not None
@@ -220,40 +213,6 @@ def _step(
         return metrics
 
     return backward
-
-
-def domain_losses(
-    student: PreTrainedModel, teachers: Sequence[Teacher], batch: Batch, options: DistillOptions
-) -> dict[str, torch.Tensor]:
-    """Eq. (11) on one batch: `loss` with gradient, and its parts `ce`, `kl` and `features`."""
-    alpha, beta = options.alpha, options.beta if options.align == "same" else 0.0
-    adapters = [teacher.adapter for teacher in teachers if teacher.adapter is not None]
-    taps = sorted({tap for adapter in adapters for tap in adapter.student_taps})
-    alignment = same_tokens(batch)
-    student_outputs = forward(student, batch, taps=taps)
-    seen: list[tuple[torch.Tensor, ...]] = []
-    predictions: list[TeacherLogits] = []
-    for teacher in teachers if beta or adapters else ():
-        with torch.no_grad():
-            outputs = forward(
-                teacher.model, alignment.batch, taps=teacher.adapter.teacher_taps if teacher.adapter else ()
-            )
-        seen.append(outputs.taps)
-        if beta:
-            logits_BTV = alignment.on_student(outputs.logits_BTV)
-            trust = options.trust == "better"
-            trusted_B = trusted_rows(logits_BTV, student_outputs.logits_BTV, batch) if trust else None
-            predictions.append(TeacherLogits(logits_BTV, beta * teacher.weight, alignment.matched_BT, trusted_B))
-    hidden = dict(zip(taps, student_outputs.taps, strict=True))
-    loss, parts = next_token_losses(student_outputs.logits_BTV, predictions, batch, options.temperature)
-    losses = {"ce": parts.cross_entropy, "kl": parts.divergence}
-    for teacher, teacher_hidden in zip(teachers, seen, strict=bool(seen)):
-        if teacher.adapter is not None:
-            student_hidden = [hidden[tap] for tap in teacher.adapter.student_taps]
-            features = teacher.adapter(student_hidden, teacher_hidden, batch.valid_BT, alignment.batch.valid_BT)
-            loss = loss + alpha * teacher.weight * features
-            losses["features"] = losses.get("features", 0.0) + teacher.weight * features
-    return {"loss": loss, **losses}
 
 
 @contextmanager

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What phase II minimises: eq. (11) of every domain, on one batch of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from deepfusion.devices.features import Outputs, forward
+from deepfusion.devices.read_ahead import ReadAhead
+from deepfusion.losses import TeacherLogits, listen, next_token_losses
+from deepfusion.stages.distill.align import same_tokens
+from deepfusion.stages.distill.base import Adapter, DistillOptions
+from deepfusion.types import Batch, Text, concatenate
+
+
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """A frozen proxy at work.
+
+    Attributes:
+        model: in evaluation mode, without gradients.
+        weight: omega, its share of its domain.
+        adapter: compares its hidden states with the student's; None when features are not compared.
+    """
+
+    model: PreTrainedModel
+    weight: float
+    adapter: Adapter | None
+
+
+def reader(teachers: Sequence[Teacher], text: Text, options: DistillOptions) -> ReadAhead:
+    """A domain's teachers, reading its text; nobody reads where nothing is asked of them."""
+    asked = teachers if _kl_weight(options) or any(teacher.adapter is not None for teacher in teachers) else ()
+    models = [(teacher.model, teacher.adapter.teacher_taps if teacher.adapter else ()) for teacher in asked]
+    return ReadAhead(models, text, options.optimisation.batch_size, options.optimisation.precision)
+
+
+def _kl_weight(options: DistillOptions) -> float:
+    return options.beta if options.align == "same" else 0.0
+
+
+def domain_losses(
+    student: PreTrainedModel,
+    teachers: Sequence[Sequence[Teacher]],
+    reads: Sequence[Sequence[Outputs]],
+    batches: Sequence[Batch],
+    options: DistillOptions,
+) -> list[dict[str, torch.Tensor]]:
+    """Eq. (11) of each domain's batch: `loss` with gradient, and its parts `ce`, `kl` and `features`.
+
+    The student reads all batches in one forward pass: row block i is domain i's, and goes through expert i.
+
+    Args:
+        teachers: of each domain.
+        reads: each teacher's outputs on its domain's batch; may be empty when nothing is asked of the teachers.
+        batches: of each domain, of one shape.
+    """
+    adapters = [teacher.adapter for mine in teachers for teacher in mine if teacher.adapter is not None]
+    taps = sorted({tap for adapter in adapters for tap in adapter.student_taps})
+    outputs = forward(student, concatenate(batches), taps=taps)
+    rows = len(batches[0].valid_BT)
+    logits = outputs.logits_BTV.split(rows)
+    hidden = zip(*(tap_BTH.split(rows) for tap_BTH in outputs.taps), strict=True) if taps else [()] * len(batches)
+    return [
+        _losses(Outputs(logits_BTV, of_taps), taps, list(zip(mine, read, strict=bool(read))), batch, options)
+        for logits_BTV, of_taps, mine, read, batch in zip(logits, hidden, teachers, reads, batches, strict=True)
+    ]
+
+
+def _losses(
+    student: Outputs,
+    taps: Sequence[int],
+    teachers: Sequence[tuple[Teacher, Outputs]],
+    batch: Batch,
+    options: DistillOptions,
+) -> dict[str, torch.Tensor]:
+    """Eq. (11) of one domain, from the student's and its teachers' outputs on its batch."""
+    alignment, beta = same_tokens(batch), _kl_weight(options)
+    predictions = [
+        TeacherLogits(alignment.on_student(read.logits_BTV), beta * teacher.weight, alignment.matched_BT)
+        for teacher, read in (teachers if beta else ())
+    ]
+    predictions = listen(predictions, student.logits_BTV, batch, options.trust)
+    loss, parts = next_token_losses(student.logits_BTV, predictions, batch, options.temperature)
+    losses = {"ce": parts.cross_entropy, "kl": parts.divergence}
+    hidden = dict(zip(taps, student.taps, strict=True))
+    for teacher, read in teachers:
+        if teacher.adapter is not None:
+            student_hidden = [hidden[tap] for tap in teacher.adapter.student_taps]
+            features = teacher.adapter(student_hidden, read.taps, batch.valid_BT, alignment.batch.valid_BT)
+            loss = loss + options.alpha * teacher.weight * features
+            losses["features"] = losses.get("features", 0.0) + teacher.weight * features
+    return {"loss": loss, **losses}
