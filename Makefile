@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 OUT ?= runs/demo
 
-.PHONY: demo test test-slow lint install clean
+.PHONY: demo test test-slow bench lint install clean
 
 demo: install ## install, then fuse a small fleet on real text in a few minutes
 	.venv/bin/deepfusion run configs/quickstart.toml --out $(OUT) --resume
@@ -14,6 +14,12 @@ test: install ## install, then lint and run the default tests
 
 test-slow: install ## the tests that take minutes
 	$(PY) -m pytest -m slow
+
+bench: install ## ratios against peers and the machine's limits
+	$(PY) benchmarks/distill_step.py
+	$(PY) benchmarks/distill_step.py --vocabulary 50304 --rows 2
+	$(PY) benchmarks/merge.py
+	$(PY) benchmarks/door.py
 
 lint: install
 	.venv/bin/ruff check .

@@ -112,7 +112,27 @@ def test_report_and_list(
     assert "qwen2-moe-tiny" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "evaluate", "generate", "report", "list"])
+def test_phases_two_and_three_stand_alone(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proxies = sorted(path for path in (finished / "proxies").iterdir() if path.is_dir())[:2]
+    (tmp_path / "text.txt").write_text("\n".join(f"the {word} is near the end" for word in ("cat", "dog", "bird") * 20))
+    for number, proxy in enumerate(proxies):
+        arguments = (
+            "distill", "--teacher", proxy, "--student", finished / "base", "--data", tmp_path / "text.txt",
+            "--out", tmp_path / str(number), "--steps", 2, "--batch-size", 2, "--sequence-length", 16, "--json",
+        )  # fmt: skip
+        assert call(monkeypatch, *arguments) == 0
+        assert json.loads(capsys.readouterr().out)["ce"] > 0
+    students = (tmp_path / "0", tmp_path / "1")
+    assert call(monkeypatch, "merge", *students, "--family", "qwen2_moe", "--out", tmp_path / "moe", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["experts"] == 2
+    assert told["largest_logit_difference"] < 1e-5
+    assert call(monkeypatch, "generate", tmp_path / "moe", "the cat", "--tokens", 4, "--json") == 0
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "evaluate", "generate", "distill", "merge", "report", "list"])
 def test_help_explains_arguments_and_gives_examples(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,6 +146,8 @@ def test_help_explains_arguments_and_gives_examples(
         "plan": "A TOML file",
         "evaluate": "Any causal LM",
         "generate": "The text to continue",
+        "distill": "The model to start from",
+        "merge": "Single-expert folders of one base model",
     }
     assert explained.get(command, "") in told
 
@@ -135,6 +157,8 @@ def test_help_explains_arguments_and_gives_examples(
     (("report", "nowhere"), "nowhere"),
     (("evaluate", "nowhere", "--data", "x.jsonl"), "nowhere"),
     (("generate", "nowhere", "hello"), "nowhere"),
+    (("distill", "--student", "nowhere", "--data", "x.jsonl", "--out", "never"), "nowhere"),
+    (("merge", "nowhere", "--family", "qwen2_moe", "--out", "never"), "nowhere"),
 ])  # fmt: skip
 def test_mistakes_end_in_a_sentence_and_not_in_a_trace(
     arguments: tuple[str, ...], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -18,7 +18,7 @@ FLOORS = (
     {"stages"},
     {"methods"},
     {"config"},
-    {"run", "record", "measure", "plan", "inference", "catalogue", "report"},
+    {"run", "record", "measure", "plan", "inference", "distilling", "merging", "catalogue", "report"},
     {"app"},
     {"api", "cli", "__main__", ""},
 )

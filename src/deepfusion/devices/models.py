@@ -91,7 +91,7 @@ def config_of(
             values = {**preset.config, **spec.config}
             config = make_config(values, vocab_size=vocab_size, positions=least, eos_id=eos_id)
         else:
-            config = _with_overrides(_read_config(spec.folder or spec.hub or ""), spec.config)
+            config = _with_overrides(read_config(spec.folder or spec.hub or ""), spec.config)
             if vocab_size is not None:
                 config.vocab_size = vocab_size
         _check_reach(config, positions)
@@ -150,7 +150,7 @@ def load(source: str | Path, config: Mapping[str, Any] | None = None) -> PreTrai
     Raises:
         ModelError: there is no such model, weights are missing, or it cannot be opened safely.
     """
-    own = _with_overrides(_read_config(source), config or {})
+    own = _with_overrides(read_config(source), config or {})
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
@@ -236,7 +236,8 @@ def _with_overrides(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> P
         raise ModelError(f"its configuration is refused: {_reason(error)}; mend the value") from error
 
 
-def _read_config(source: str | Path) -> PreTrainedConfig:
+def read_config(source: str | Path) -> PreTrainedConfig:
+    """The configuration of a folder or hub name; raises ModelError where there is none."""
     folder = Path(source)
     if folder.exists() and not (folder / "config.json").exists():
         raise ModelError(f"{source}: no config.json in it; give a folder that save_pretrained made")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -85,8 +85,18 @@ class Students:
     config: PreTrainedConfig
 
 
-def open_students(folders: Sequence[Path], *, family: Family, target: PreTrainedConfig, slices: int) -> Students:
+def open_students(
+    folders: Sequence[Path],
+    *,
+    family: Family,
+    target: PreTrainedConfig,
+    slices: int,
+    overrides: Mapping[str, Any] | None = None,
+) -> Students:
     """Read the students one by one and average what they share; one student is held at a time, beside the experts.
+
+    Args:
+        overrides: of the students' configurations, for a target that is a part of theirs.
 
     Raises:
         ModelError: a student's shape is not that of the target's base model, or it holds NaN or infinity.
@@ -98,7 +108,7 @@ def open_students(folders: Sequence[Path], *, family: Family, target: PreTrained
 
     def shared_parts() -> Iterator[tuple[str, State, float]]:
         for folder in folders:
-            state = load(folder).state_dict()
+            state = load(folder, overrides).state_dict()
             _check_shapes(state, shapes, folder)
             shared, expert = family.split(state, target, slices=slices)
             check_finite(expert, str(folder))

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merging students on disk: time against reading all and writing the MoE, memory against the models' size.
+
+Each way runs in a process of its own, so that its peak is its own; `mergekit-moe` is measured beside them when it is on
+the path (`pip install mergekit` in another environment). One line of JSON for each, ratios in the last.
+
+python benchmarks/merge.py [--students 4] [--hidden 768] [--layers 8] [--vocabulary 32000] [--repeats 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen3MoeConfig
+
+from deepfusion.devices.models import from_config, load
+from deepfusion.moe import families
+from deepfusion.moe.stream import merged_tensors
+from deepfusion.moe.tensor_files import BUFFER, Reader, stored_tensors, write_folder
+from deepfusion.stages.merge import MergeOptions, merge, open_students
+from deepfusion.stages.router import random_router
+
+FAMILY = families["qwen3_moe"]
+
+
+def target(options: argparse.Namespace) -> Any:
+    """A Qwen3-MoE of as many experts as students."""
+    return FAMILY.ready_target(
+        Qwen3MoeConfig(
+            hidden_size=options.hidden, num_hidden_layers=options.layers, vocab_size=options.vocabulary,
+            num_attention_heads=options.hidden // 64, num_key_value_heads=options.hidden // 64, head_dim=64,
+            moe_intermediate_size=4 * options.hidden, num_local_experts=options.students, num_experts_per_tok=2,
+            tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+
+
+def make_students(folder: Path, options: argparse.Namespace) -> list[Path]:
+    """Students in bfloat16, one after the other."""
+    made: list[Path] = []
+    for number in range(options.students):
+        student = from_config(FAMILY.student_config(target(options)), seed=number).to(torch.bfloat16)
+        student.save_pretrained(folder / f"student-{number}")
+        made.append(folder / f"student-{number}")
+    return made
+
+
+def limit(students: list[Path], out: Path, _target: Any) -> None:
+    """Read every byte of the students and write as many as the MoE has, in buffers as large as ours."""
+    sizes = [sum(stored.spec.nbytes for stored in stored_tensors(folder).values()) for folder in students]
+    of_experts = [
+        sum(s.spec.nbytes for s in stored_tensors(folder).values() if ".experts." in s.spec.name) for folder in students
+    ]
+    left = sum(of_experts) + sizes[0] - of_experts[0]
+    buffer = memoryview(bytearray(BUFFER))
+    for folder in students:
+        with (folder / "model.safetensors").open("rb", buffering=0) as stream:
+            while stream.readinto(buffer):
+                pass
+    out.mkdir()
+    with (out / "model.safetensors").open("wb", buffering=0) as stream:
+        while left > 0:
+            left -= stream.write(buffer[: min(left, BUFFER)])
+        os.fsync(stream.fileno())
+
+
+def ours(students: list[Path], out: Path, moe: Any) -> None:
+    """Tensor by tensor, from disk to disk."""
+    out.mkdir()
+    with Reader() as reader:
+        write_folder(out, merged_tensors(students, FAMILY, moe, reader, 0), lambda _spec: None)
+
+
+def in_memory(students: list[Path], out: Path, moe: Any) -> None:
+    """Load, stack, save: what a run does with small models."""
+    parts = open_students(students, family=FAMILY, target=moe, slices=1)
+    start = random_router(moe, family=FAMILY, seed=0)
+    model = merge(parts, start, family=FAMILY, target=moe, options=MergeOptions(), seed=0)
+    model.to(torch.bfloat16).save_pretrained(out)
+
+
+def mergekit(students: list[Path], out: Path, _target: Any) -> None:
+    """mergekit-moe on the same folders, where it takes them."""
+    config = out.with_suffix(".yml")
+    rows = "".join(f"  - source_model: {folder}\n    positive_prompts: [x]\n" for folder in students)
+    config.write_text(f"base_model: {students[0]}\ngate_mode: random\ndtype: bfloat16\nexperts:\n{rows}")
+    subprocess.run(["mergekit-moe", str(config), str(out)], check=True, capture_output=True)
+
+
+def measure(way: Callable[..., None], *arguments: Any) -> tuple[float, float]:
+    """Seconds, and peak memory above what the process had before, in MiB."""
+    queue: Any = multiprocessing.get_context("fork").SimpleQueue()
+
+    def work() -> None:
+        torch.set_num_threads(1)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        began = time.perf_counter()
+        way(*arguments)
+        taken = time.perf_counter() - began
+        who = resource.RUSAGE_CHILDREN if way is mergekit else resource.RUSAGE_SELF
+        queue.put((taken, (resource.getrusage(who).ru_maxrss - (0 if way is mergekit else before)) / 1024))
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"{way.__name__} failed")
+    return queue.get()
+
+
+def main() -> None:
+    """Print one line of JSON for each way, and the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in (("students", 4), ("hidden", 768), ("layers", 8), ("vocabulary", 32_000), ("repeats", 3)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    options = parser.parse_args()
+    ways = [limit, ours, in_memory] + ([mergekit] if shutil.which("mergekit-moe") else [])
+    found: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        students, moe = make_students(folder, options), target(options)
+        read = sum((student / "model.safetensors").stat().st_size for student in students)
+        taken: dict[str, list[tuple[float, float]]] = {way.__name__: [] for way in ways}
+        for repeat in range(options.repeats):  # in turn: the machine's moods meet all alike
+            for way in ways:
+                out = folder / f"{way.__name__}-{repeat}"
+                taken[way.__name__].append(measure(way, students, out, moe))
+                if way is ours and not repeat:
+                    load_check(out, moe)
+                shutil.rmtree(out)
+        for way, rows in taken.items():
+            found[way] = {"seconds": statistics.median(s for s, _ in rows), "peak_mib": max(m for _, m in rows)}
+            print(json.dumps({"way": way, "read_mib": read >> 20, **{k: round(v, 2) for k, v in found[way].items()}}))
+    ratios = {
+        f"{way}: seconds over limit": round(row["seconds"] / found["limit"]["seconds"], 2) for way, row in found.items()
+    }
+    print(
+        json.dumps(
+            {
+                **ratios,
+                "ours: peak over in memory": round(found["ours"]["peak_mib"] / found["in_memory"]["peak_mib"], 4),
+            }
+        )
+    )
+
+
+def load_check(out: Path, moe: Any) -> None:
+    """What was written is a model."""
+    moe.save_pretrained(out)
+    assert load(out).config.num_local_experts == moe.num_local_experts
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distil any causal LM folders into another on any text: `deepfusion distill`, without a fleet and without a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+from deepfusion.artifacts import key_of, write_atomic
+from deepfusion.data.options import CorpusSource
+from deepfusion.data.packing import PackedText
+from deepfusion.data.prepare import corpus_from_source
+from deepfusion.devices.models import read_config
+from deepfusion.errors import ConfigError
+from deepfusion.moe import Family, families
+from deepfusion.stages.distill import DistillOptions, Logits, Vaa, distill
+from deepfusion.training import derive_seed
+from deepfusion.types import Corpus, Progress, Proxy, State, silent
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Whole(Family):
+    """A student of which nothing becomes an expert: any causal LM."""
+
+    def split(self, student: Mapping[str, torch.Tensor], target: object, *, slices: int = 1) -> tuple[State, State]:
+        """All of it is shared."""
+        return dict(student), {}
+
+
+def distill_folders(
+    teachers: Sequence[Path],
+    student: Path,
+    data: str,
+    out: Path,
+    *,
+    text: str | None = None,
+    prompt: str | None = None,
+    answer: str | None = None,
+    sequence_length: int = 512,
+    options: DistillOptions,
+    seed: int = 0,
+    resume: bool = False,
+    progress: Progress = silent,
+) -> list[dict[str, float]]:
+    """Train a student under one or more teachers (DeepFusion, eq. 11), all of one tokenizer, and save it to `out`.
+
+    Killed and started again with `resume` and the same arguments, it ends with the same bytes.
+
+    Args:
+        teachers: Hugging Face folders; all weigh alike.
+        student: folder of the model to start from, which is not changed; its tokenizer reads the text.
+        data: .jsonl, .csv, .parquet or .txt file(s).
+        text, prompt, answer: templates as in `evaluate_model`; alpha = 0 in `options` leaves VAA out.
+
+    Returns:
+        What was logged of each step: `loss`, `ce`, `kl`, `features`.
+
+    Raises:
+        ConfigError: an option that cannot be meant, or `out` exists.
+        ModelError: a model cannot be opened, or a teacher has another vocabulary.
+        DataError: the text cannot be read.
+    """
+    partial = out.with_name(out.name + ".partial")
+    _check(out, partial, options, resume=resume)
+    config = read_config(student)
+    corpus = _read(data, text, prompt, answer, student)
+    arguments = [
+        sorted(map(str, teachers)),
+        str(student),
+        data,
+        text,
+        prompt,
+        answer,
+        sequence_length,
+        asdict(options),
+        seed,
+    ]
+    partial.mkdir(parents=True, exist_ok=True)
+    scratch = partial / key_of(*arguments)[:12]
+    proxies = [Proxy(0, folder.name, folder, 0, (), 1 / len(teachers)) for folder in teachers]
+    history = distill(
+        student, [proxies], [PackedText(corpus, sequence_length, derive_seed(seed, "text"))],
+        family=_family(config), target=config, rule=Vaa() if options.alpha else Logits(), recipe="joint",
+        options=replace(options, beta=options.beta if teachers else 0.0), seed=seed, tokenizer_folder=student,
+        scratch=scratch, progress=progress, out=partial,
+    )  # fmt: skip
+    write_atomic(partial / "0" / "history.json", json.dumps(history["joint"]))
+    os.replace(partial / "0", out)
+    shutil.rmtree(partial, ignore_errors=True)
+    return history["joint"]
+
+
+def _check(out: Path, partial: Path, options: DistillOptions, *, resume: bool) -> None:
+    """Raise ConfigError where the command cannot be meant."""
+    faults = [*options.faults(), *options.optimisation.faults()]
+    if out.exists():
+        faults.append(f"--out {out}: exists already; choose another folder, or remove it")
+    if partial.exists() and not resume:
+        faults.append(f"--out {out}: was begun before; add --resume to go on, or remove {partial}")
+    if faults:
+        raise ConfigError(faults, "command line")
+
+
+def _family(config: PreTrainedConfig) -> Family:
+    """A student of one routed expert is trained as the plain MLP that it is, any other as transformers has it."""
+    family = families.get(config.model_type)
+    if family is not None and family.student == "single" and family.num_experts(config) == 1:
+        return family
+    return _Whole(model_type=config.model_type, num_experts_key="", layers="all", student="dense")
+
+
+def _read(data: str, text: str | None, prompt: str | None, answer: str | None, tokenizer_folder: Path) -> Corpus:
+    path = str(Path(data).absolute())
+    whole = text or (None if prompt else "{text}")
+    source = CorpusSource(domain="text", public=path, text=whole, prompt=prompt, answer=answer)
+    return corpus_from_source(source, "public", tokenizer_folder)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Properties of `deepfusion distill`: any folders, any text; what it leaves, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distill_world import config, file_bytes, write_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from deepfusion.devices.models import from_config, load, save
+from deepfusion.distilling import DistillOptions, distill_folders
+from deepfusion.errors import ConfigError, ModelError
+from deepfusion.moe import families
+from deepfusion.training import Optimisation
+
+FAST = Optimisation(batch_size=4, learning_rate=3e-3)
+STUDENTS = ("gpt2-pico", "llama-pico", "qwen2-moe-pico", "deepseek-v3-pico", "one expert")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two teachers, students of every kind, and text."""
+    folder = tmp_path_factory.mktemp("distilling")
+    tokenizer = write_tokenizer(folder / "tokenizer")
+    for seed, name in enumerate(("llama-pico", "gpt2-pico"), 10):
+        save(from_config(config(name), seed), folder / f"teacher-{name}", tokenizer)
+    for name in STUDENTS[:-1]:
+        save(from_config(config(name), 1), folder / name, tokenizer)
+    target = families["qwen2_moe"].ready_target(config("qwen2-moe-pico"))
+    save(from_config(families["qwen2_moe"].student_config(target), 1), folder / STUDENTS[-1], tokenizer)
+    with (folder / "text.jsonl").open("w") as lines:
+        for row in range(40):
+            lines.write(json.dumps({"text": " ".join(f"w{(row * 7 + i * i) % 30}" for i in range(20))}) + "\n")
+    return folder
+
+
+def run(world: Path, out: Path, student: str, **changes: Any) -> list[dict[str, float]]:
+    arguments: dict[str, Any] = {
+        "teachers": [world / "teacher-llama-pico", world / "teacher-gpt2-pico"], "sequence_length": 16,
+        "options": DistillOptions(steps=8, optimisation=FAST),
+    } | changes  # fmt: skip
+    return distill_folders(student=world / student, data=str(world / "text.jsonl"), out=out, **arguments)
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_any_student_learns_and_opens_with_transformers_alone(student: str, world: Path, tmp_path: Path) -> None:
+    history = run(world, tmp_path / "taught", student)
+    assert len(history) == 8
+    assert {"loss", "ce", "kl", "features"} < set(history[0])
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["taught"]
+    assert json.loads((tmp_path / "taught" / "history.json").read_text()) == history
+    model, before = AutoModelForCausalLM.from_pretrained(tmp_path / "taught"), load(world / student)
+    assert type(model) is type(before)
+    assert not torch.equal(model.get_input_embeddings().weight, before.get_input_embeddings().weight)
+    assert AutoTokenizer.from_pretrained(tmp_path / "taught").encode("w3") == [3]
+
+
+def test_without_features_or_teachers_it_is_plainer(world: Path, tmp_path: Path) -> None:
+    no_features = run(world, tmp_path / "a", "gpt2-pico", options=DistillOptions(steps=2, alpha=0.0, optimisation=FAST))
+    assert "features" not in no_features[0]
+    assert no_features[0]["kl"] > 0
+    alone = run(world, tmp_path / "b", "gpt2-pico", teachers=[])
+    assert alone[0]["loss"] == alone[0]["ce"]
+
+
+def test_the_same_seed_gives_the_same_bytes_also_after_a_crash(world: Path, tmp_path: Path) -> None:
+    run(world, tmp_path / "whole", "llama-pico")
+
+    def crash(label: str, done: int, total: int, note: str = "") -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(world, tmp_path / "again", "llama-pico", progress=crash)
+    with pytest.raises(ConfigError, match=r"was begun before; add --resume to go on, or remove .*again.partial"):
+        run(world, tmp_path / "again", "llama-pico")
+    run(world, tmp_path / "again", "llama-pico", resume=True)
+    assert file_bytes(tmp_path / "again") == file_bytes(tmp_path / "whole")
+    assert not (tmp_path / "again.partial").exists()
+
+
+def test_what_cannot_be_done_says_why(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"exists already; choose another folder, or remove it"):
+        run(world, world / "text.jsonl", "gpt2-pico")
+    with pytest.raises(ConfigError, match=r"steps = 0: must be at least 1"):
+        run(world, tmp_path / "x", "gpt2-pico", options=DistillOptions(steps=0))
+    with pytest.raises(ModelError, match=r"nobody: no model there: .*; check the folder or hub name"):
+        run(world, tmp_path / "x", "nobody")
+    other = write_tokenizer(tmp_path / "other", 40)
+    save(from_config(config("llama-pico"), 1), tmp_path / "stranger", other)
+    with pytest.raises(ModelError, match=r"stranger"):
+        run(world, tmp_path / "x", "gpt2-pico", teachers=[tmp_path / "stranger"])

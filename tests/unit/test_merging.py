@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Properties of `deepfusion merge`: the merge of a run, made on disk; nothing is left behind where it fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distill_world import config, write_tokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from deepfusion.devices.models import from_config, load, save
+from deepfusion.errors import ModelError
+from deepfusion.merging import merge_folders
+from deepfusion.moe import Family, families, tensor_files
+from deepfusion.stages import merge as in_memory
+from deepfusion.stages.router import random_router
+
+FAMILIES = tuple(families)
+
+
+def target_of(model_type: str, **changes: Any) -> PreTrainedConfig:
+    target = config(f"{model_type.replace('_', '-')}-pico")
+    for key, value in changes.items():
+        setattr(target, key, value)
+    return families[model_type].ready_target(target)
+
+
+def make_students(
+    folder: Path,
+    family: Family,
+    target: PreTrainedConfig,
+    count: int,
+    *,
+    alike: bool = False,
+    dtype: Any = torch.float32,
+) -> list[Path]:
+    tokenizer = write_tokenizer(folder / "tokenizer")
+    made: list[Path] = []
+    for k in range(count):
+        student = from_config(family.student_config(target), seed=0 if alike else k)
+        save(student.to(dtype), folder / str(k), tokenizer)
+        made.append(folder / str(k))
+    target.save_pretrained(folder / "target")
+    return made
+
+
+def merged(folder: Path, model_type: str, students: list[Path], **options: Any) -> Path:
+    target = folder / "target" if families[model_type].student == "dense" else None
+    return merge_folders(students, model_type, folder / "moe", target=target, **options).folder
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_on_disk_it_is_the_merge_of_a_run(model_type: str, tmp_path: Path) -> None:
+    family = families[model_type]
+    target = target_of(model_type)
+    students = make_students(tmp_path, family, target, family.num_experts(target))
+    found = load(merged(tmp_path, model_type, students)).state_dict()
+    parts = in_memory.open_students(students, family=family, target=target, slices=1)
+    start = random_router(target, family=family, seed=0)
+    options = in_memory.MergeOptions()
+    expected = in_memory.merge(parts, start, family=family, target=target, options=options, seed=0).state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if not name.endswith("mlp.gate.weight"):  # the routers are random, of unlike generators
+            torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-7, msg=name)
+        else:
+            assert float(found[name].std()) == pytest.approx(0.02, rel=0.3)
+
+
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if families[name].scaling != "calibrated"])
+def test_equal_students_make_the_model_that_they_are(model_type: str, tmp_path: Path) -> None:
+    family = families[model_type]
+    target = target_of(model_type)
+    students = make_students(tmp_path, family, target, 3, alike=True)
+    moe, student = load(merged(tmp_path, model_type, students, experts=4)), load(students[0])
+    ids_BT = torch.randint(0, int(target.vocab_size), (2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(moe(ids_BT).logits, student(ids_BT).logits, rtol=0, atol=1e-5)
+
+
+def test_it_opens_with_transformers_alone_and_has_a_tokenizer(tmp_path: Path) -> None:
+    students = make_students(tmp_path, families["qwen2_moe"], target_of("qwen2_moe"), 2)
+    folder = merged(tmp_path, "qwen2_moe", students, experts=6, top_k=3)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert (model.config.num_experts, model.config.num_experts_per_tok, model.config.norm_topk_prob) == (6, 3, True)
+    assert (folder / "tokenizer.json").exists()
+    experts = model.model.layers[0].mlp.experts.gate_up_proj
+    assert torch.equal(experts[0], experts[2])
+    assert torch.equal(experts[1], experts[5])
+    assert not torch.equal(experts[0], experts[1])
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek_v3", "mixtral"])
+def test_half_precision_stays_half_precision(model_type: str, tmp_path: Path) -> None:
+    family = families[model_type]
+    target = target_of(model_type)
+    students = make_students(tmp_path, family, target, 2, dtype=torch.bfloat16)
+    state = load_file(merged(tmp_path, model_type, students, experts=family.num_experts(target)) / "model.safetensors")
+    assert {t.dtype for name, t in state.items() if name.endswith(".weight")} == {torch.bfloat16}
+    sources = [load_file(student / "model.safetensors") for student in students]
+    name = "model.embed_tokens.weight"
+    mean = sum(source[name].double() for source in sources) / 2
+    assert torch.equal(state[name], mean.to(torch.bfloat16))
+
+
+def test_many_files_and_a_small_buffer_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = target_of("deepseek_v3")
+    students = make_students(tmp_path, families["deepseek_v3"], target, families["deepseek_v3"].num_experts(target))
+    whole = load(merged(tmp_path, "deepseek_v3", students)).state_dict()
+    monkeypatch.setattr(tensor_files, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr("deepfusion.moe.stream.BUFFER", 100)
+    again = merge_folders(students, "deepseek_v3", tmp_path / "again", target=tmp_path / "target").folder
+    index = json.loads((again / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 3
+    assert not (again / "model.safetensors").exists()
+    for name, tensor in load(again).state_dict().items():
+        assert torch.equal(tensor, whole[name]), name
+
+
+def test_sharded_students_are_read(tmp_path: Path) -> None:
+    target = target_of("mixtral")
+    students = make_students(tmp_path, families["mixtral"], target, 2)
+    whole = load(merged(tmp_path, "mixtral", students)).state_dict()
+    for student in students:
+        AutoModelForCausalLM.from_pretrained(student).save_pretrained(student / "cut", max_shard_size="20KB")
+    cut = merge_folders([s / "cut" for s in students], "mixtral", tmp_path / "from cut").folder
+    assert len(list((students[0] / "cut").glob("*.safetensors"))) > 1
+    assert not (cut / "tokenizer.json").exists(), "students without a tokenizer make a MoE without one"
+    for name, tensor in load(cut).state_dict().items():
+        assert torch.equal(tensor, whole[name]), name
+
+
+def spoil(folder: Path, change: Any) -> None:
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    (lambda s: s["model.norm.weight"].fill_(float("nan")), r"model.norm.weight holds NaN or infinity; train"),
+    (lambda s: s["model.layers.0.mlp.experts.0.up_proj.weight"].fill_(float("inf")), r"up_proj.weight holds NaN or infinity"),
+    (lambda s: s.pop("model.norm.weight"), r"1: tensor model.norm.weight is missing but .* in .*0; merge students of one base"),
+    (lambda s: s.update({"model.norm.weight": torch.ones(3)}), r"1: tensor model.norm.weight is .*\(3,\).* but"),
+    (lambda s: s.update({"more": torch.ones(3)}), r"1: tensor more is .*\(3,\).* but missing"),
+], ids=["nan", "infinite expert", "missing", "shape", "extra"])  # fmt: skip
+def test_students_that_cannot_be_merged_leave_nothing_behind(change: Any, says: str, tmp_path: Path) -> None:
+    students = make_students(tmp_path, families["qwen2_moe"], target_of("qwen2_moe"), 2)
+    spoil(students[1], change)
+    with pytest.raises(ModelError, match=says):
+        merged(tmp_path, "qwen2_moe", students)
+    assert not list(tmp_path.glob("moe*"))
+
+
+def test_wrong_requests_say_what_is_right(tmp_path: Path) -> None:
+    students = make_students(tmp_path, families["qwen2_moe"], target_of("qwen2_moe"), 3)
+    with pytest.raises(ModelError, match=r"--family qwen: no such family; choose one of qwen2_moe, "):
+        merge_folders(students, "qwen", tmp_path / "moe")
+    with pytest.raises(ModelError, match=r"is a qwen2_moe, not a mixtral; give the --family of the students"):
+        merge_folders(students, "mixtral", tmp_path / "moe")
+    with pytest.raises(ModelError, match=r"3 students, but only 2 experts; raise --experts"):
+        merge_folders(students, "qwen2_moe", tmp_path / "moe", experts=2)
+    with pytest.raises(ModelError, match=r"0: exists already; choose another --out"):
+        merge_folders(students, "qwen2_moe", students[0])
+    with pytest.raises(ModelError, match=r"nowhere: no model there"):
+        merge_folders([tmp_path / "nowhere"], "qwen2_moe", tmp_path / "moe")
+    (students[2] / "model.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(ModelError, match=r"not a sound safetensors file .*; copy or save it again"):
+        merge_folders(students, "qwen2_moe", tmp_path / "moe")
+    (students[2] / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"model.safetensors: no such file; give a folder that save_pretrained wrote"):
+        merge_folders(students, "qwen2_moe", tmp_path / "moe")
+
+
+def test_a_dense_family_asks_for_its_configuration(tmp_path: Path) -> None:
+    students = make_students(tmp_path, families["deepseek_v3"], target_of("deepseek_v3"), 2)
+    with pytest.raises(
+        ModelError, match=r"students are dense and do not say how wide an expert is; give --target CONFIG"
+    ):
+        merge_folders(students, "deepseek_v3", tmp_path / "moe")
