@@ -96,20 +96,22 @@ Trust = Literal["all", "better", "best"]
 def listen(
     teachers: Sequence[TeacherLogits], student_logits_BTV: torch.Tensor, batch: Batch, trust: Trust
 ) -> list[TeacherLogits]:
-    """The teachers, each with the rows of text on which it is listened to.
+    """The teachers, each with the rows of text on which it is listened to; for "best" one that speaks for them all.
 
     A teacher knows its own domain; elsewhere its distributions lead away from the text. "better" keeps the rows that a
     teacher predicts at least as well as the student does. "best" gives each row to the one teacher that predicts it
     best, with the weight of all: also where the student is ahead, for on text that it has read before it always is.
     """
-    if trust == "all" or not teachers:
+    if trust == "all" or not teachers or (trust == "best" and len(teachers) == 1):
         return list(teachers)
     nll_AB = torch.stack([_row_cross_entropy(teacher.logits_BTV, batch) for teacher in teachers])
     if trust == "better":
         ahead_AB = nll_AB <= _row_cross_entropy(student_logits_BTV, batch)
         return [teacher._replace(trusted_B=rows_B) for teacher, rows_B in zip(teachers, ahead_AB, strict=True)]
-    best_B, weight = nll_AB.argmin(0), sum(teacher.weight for teacher in teachers)
-    return [teacher._replace(weight=weight, trusted_B=best_B == index) for index, teacher in enumerate(teachers)]
+    picked = list(enumerate(nll_AB.argmin(0).tolist()))
+    logits_BTV = torch.stack([teachers[best].logits_BTV[row] for row, best in picked])
+    matched_BT = torch.stack([teachers[best].matched_BT[row] for row, best in picked])
+    return [TeacherLogits(logits_BTV, sum(teacher.weight for teacher in teachers), matched_BT)]
 
 
 def _row_cross_entropy(logits_BTV: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -156,10 +156,16 @@ def test_best_listens_on_each_row_to_one_teacher_with_the_weight_of_all() -> Non
     student = right_BTV * torch.tensor([1.0, 1.0, 9.0])[:, None, None]
     first = right_BTV * torch.tensor([2.0, 3.0, 8.0])[:, None, None]
     second = right_BTV * torch.tensor([3.0, 2.0, 7.0])[:, None, None]
-    assert rows_heard([first, second], student, batch, "best") == [[False, True, True], [True, False, False]]
-    teachers = [TeacherLogits(first, 0.2, batch.valid_BT), TeacherLogits(second, 0.5, batch.valid_BT)]
-    assert [teacher.weight for teacher in listen(teachers, student, batch, "best")] == [0.7, 0.7]
-    assert rows_heard([first, first], student, batch, "best") == [[True] * B, [False] * B], "equals: the first"
+    teachers = [TeacherLogits(first, 0.2, every_BT), TeacherLogits(second, 0.5, every_BT)]
+    (heard,) = listen(teachers, student, batch, "best")
+    assert torch.equal(heard.logits_BTV, torch.stack([second[0], first[1], first[2]]))
+    assert heard.weight == 0.7
+    assert heard.trusted_B is None, "also where the student is ahead"
+    one = [TeacherLogits(first, 0.2, every_BT)]
+    losses_of = [
+        next_token_losses(student, listen(one, student, batch, trust), batch, 1.0)[0] for trust in ("all", "best")
+    ]
+    assert torch.equal(*losses_of)
 
 
 def test_identical_teacher_and_student_give_zero_divergence_and_zero_gradient() -> None:

@@ -248,7 +248,8 @@ def test_replies_wait_for_a_slow_server_so_that_memory_does_not_grow_with_the_fl
         messages = [Message(pack(encode(request)), forked.nodes[device_id], "train") for device_id in ids]
         waiting = list(forked.push_messages(messages))
         while waiting:
-            time.sleep(0.05)
+            wait_until(lambda: scratch_bytes(forked) > size, 1)  # a server that is slower than its devices
+            held.append(scratch_bytes(forked))
             arrived = list(forked.pull_messages(waiting[:1]))
             waiting = waiting[len(arrived) :]
             held.append(scratch_bytes(forked))
