@@ -88,30 +88,31 @@ def next_token_losses(
     return loss, TokenLosses(cross_entropy, divergence / heard if heard else divergence)
 
 
-Trust = Literal["all", "better", "best"]
-"""Whom a student listens to: every teacher everywhere; each where it is ahead of the student; each row's best alone."""
+Trust = Literal["all", "better", "best", "always"]
+"""Whom a student listens to: all teachers; those ahead of it; the best of those; each row's best, ahead of it or not."""
 
 
 @torch.no_grad()
 def listen(
     teachers: Sequence[TeacherLogits], student_logits_BTV: torch.Tensor, batch: Batch, trust: Trust
 ) -> list[TeacherLogits]:
-    """The teachers, each with the rows of text on which it is listened to; for "best" one that speaks for them all.
+    """The teachers, each with the rows of text on which it is listened to; one for all where each row has its best.
 
     A teacher knows its own domain; elsewhere its distributions lead away from the text. "better" keeps the rows that a
-    teacher predicts at least as well as the student does. "best" gives each row to the one teacher that predicts it
-    best, with the weight of all: also where the student is ahead, for on text that it has read before it always is.
+    teacher predicts at least as well as the student does, "best" of those teachers the one that predicts the row best,
+    with the weight of all. "always" asks that one also where the student is ahead of it.
     """
-    if trust == "all" or not teachers or (trust == "best" and len(teachers) == 1):
+    if trust == "all" or not teachers:
         return list(teachers)
     nll_AB = torch.stack([_row_cross_entropy(teacher.logits_BTV, batch) for teacher in teachers])
+    ahead_AB = nll_AB <= _row_cross_entropy(student_logits_BTV, batch)
     if trust == "better":
-        ahead_AB = nll_AB <= _row_cross_entropy(student_logits_BTV, batch)
         return [teacher._replace(trusted_B=rows_B) for teacher, rows_B in zip(teachers, ahead_AB, strict=True)]
     picked = list(enumerate(nll_AB.argmin(0).tolist()))
     logits_BTV = torch.stack([teachers[best].logits_BTV[row] for row, best in picked])
     matched_BT = torch.stack([teachers[best].matched_BT[row] for row, best in picked])
-    return [TeacherLogits(logits_BTV, sum(teacher.weight for teacher in teachers), matched_BT)]
+    trusted_B = ahead_AB.any(0) if trust == "best" else None
+    return [TeacherLogits(logits_BTV, sum(teacher.weight for teacher in teachers), matched_BT, trusted_B)]
 
 
 def _row_cross_entropy(logits_BTV: torch.Tensor, batch: Batch) -> torch.Tensor:

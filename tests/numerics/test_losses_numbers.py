@@ -157,15 +157,16 @@ def test_best_listens_on_each_row_to_one_teacher_with_the_weight_of_all() -> Non
     first = right_BTV * torch.tensor([2.0, 3.0, 8.0])[:, None, None]
     second = right_BTV * torch.tensor([3.0, 2.0, 7.0])[:, None, None]
     teachers = [TeacherLogits(first, 0.2, every_BT), TeacherLogits(second, 0.5, every_BT)]
-    (heard,) = listen(teachers, student, batch, "best")
-    assert torch.equal(heard.logits_BTV, torch.stack([second[0], first[1], first[2]]))
-    assert heard.weight == 0.7
-    assert heard.trusted_B is None, "also where the student is ahead"
+    for trust, rows in (("best", [True, True, False]), ("always", None)):
+        (heard,) = listen(teachers, student, batch, trust)  # type: ignore[arg-type]
+        assert torch.equal(heard.logits_BTV, torch.stack([second[0], first[1], first[2]]))
+        assert heard.weight == 0.7
+        assert (None if heard.trusted_B is None else heard.trusted_B.tolist()) == rows, "where the student is ahead"
     one = [TeacherLogits(first, 0.2, every_BT)]
     losses_of = [
-        next_token_losses(student, listen(one, student, batch, trust), batch, 1.0)[0] for trust in ("all", "best")
+        next_token_losses(student, listen(one, student, batch, trust), batch, 1.0)[0] for trust in ("all", "always")
     ]
-    assert torch.equal(*losses_of)
+    torch.testing.assert_close(*losses_of)
 
 
 def test_identical_teacher_and_student_give_zero_divergence_and_zero_gradient() -> None:

@@ -33,7 +33,8 @@ class DistillOptions:
         beta: weight of the KL to the teachers' next-token distributions; 0 switches it off.
         temperature: tau of that KL.
         trust: "all" takes the KL to every teacher everywhere (paper); "better" to each only on rows of text that it
-            predicts at least as well as the student does; "best" on each row to the one teacher that predicts it best.
+            predicts at least as well as the student does; "best" only to the one of those that predicts the row best;
+            "always" to that one also where the student is ahead of it.
         align: "same" asks for teachers with the student's vocabulary; "none" compares no vocabularies and leaves the
             KL out, the teachers must still be able to read the student's token ids.
         text: public text for domain i is drawn by its closeness to the domain ("domain") or evenly ("uniform").
