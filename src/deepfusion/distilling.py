@@ -14,15 +14,14 @@ import torch
 from transformers import PreTrainedConfig
 
 from deepfusion.artifacts import key_of, write_atomic
-from deepfusion.data.options import CorpusSource
 from deepfusion.data.packing import PackedText
-from deepfusion.data.prepare import corpus_from_source
+from deepfusion.data.prepare import corpus_from_files
 from deepfusion.devices.models import read_config
 from deepfusion.errors import ConfigError
 from deepfusion.moe import Family, families
 from deepfusion.stages.distill import DistillOptions, Logits, Vaa, distill
 from deepfusion.training import derive_seed
-from deepfusion.types import Corpus, Progress, Proxy, State, silent
+from deepfusion.types import Progress, Proxy, State, silent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +69,7 @@ def distill_folders(
     partial = out.with_name(out.name + ".partial")
     _check(out, partial, options, resume=resume)
     config = read_config(student)
-    corpus = _read(data, text, prompt, answer, student)
+    corpus = corpus_from_files(data, "public", student, text=text, prompt=prompt, answer=answer)
     arguments = [
         sorted(map(str, teachers)),
         str(student),
@@ -114,10 +113,3 @@ def _family(config: PreTrainedConfig) -> Family:
     if family is not None and family.student == "single" and family.num_experts(config) == 1:
         return family
     return _Whole(model_type=config.model_type, num_experts_key="", layers="all", student="dense")
-
-
-def _read(data: str, text: str | None, prompt: str | None, answer: str | None, tokenizer_folder: Path) -> Corpus:
-    path = str(Path(data).absolute())
-    whole = text or (None if prompt else "{text}")
-    source = CorpusSource(domain="text", public=path, text=whole, prompt=prompt, answer=answer)
-    return corpus_from_source(source, "public", tokenizer_folder)

@@ -9,8 +9,7 @@ from typing import Any, cast
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from deepfusion.data.options import CorpusSource
-from deepfusion.data.prepare import corpus_from_source
+from deepfusion.data.prepare import corpus_from_files
 from deepfusion.devices.models import load
 from deepfusion.errors import ModelError
 from deepfusion.stages.evaluate import by_domain, score_documents, total
@@ -44,10 +43,7 @@ def evaluate_model(
     model, _ = open_model(name)
     limit = getattr(model.config, "max_position_embeddings", None)
     window = min(sequence_length, int(limit)) if limit else sequence_length
-    if text is None and prompt is None:
-        text = "{text}"
-    source = CorpusSource(domain="text", test=str(Path(data).absolute()), text=text, prompt=prompt, answer=answer)
-    corpus = corpus_from_source(source, "test", Path(name))
+    corpus = corpus_from_files(data, "test", Path(name), text=text, prompt=prompt, answer=answer)
     score = total(by_domain(score_documents(model, corpus, window), corpus))
     return {
         "documents": len(corpus),

@@ -105,13 +105,13 @@ def listen(
     if trust == "all" or not teachers:
         return list(teachers)
     nll_AB = torch.stack([_row_cross_entropy(teacher.logits_BTV, batch) for teacher in teachers])
-    ahead_AB = nll_AB <= _row_cross_entropy(student_logits_BTV, batch)
-    if trust == "better":
+    ahead_AB = None if trust == "always" else nll_AB <= _row_cross_entropy(student_logits_BTV, batch)
+    if trust == "better" and ahead_AB is not None:
         return [teacher._replace(trusted_B=rows_B) for teacher, rows_B in zip(teachers, ahead_AB, strict=True)]
     picked = list(enumerate(nll_AB.argmin(0).tolist()))
     logits_BTV = torch.stack([teachers[best].logits_BTV[row] for row, best in picked])
     matched_BT = torch.stack([teachers[best].matched_BT[row] for row, best in picked])
-    trusted_B = ahead_AB.any(0) if trust == "best" else None
+    trusted_B = None if ahead_AB is None else ahead_AB.any(0)
     return [TeacherLogits(logits_BTV, sum(teacher.weight for teacher in teachers), matched_BT, trusted_B)]
 
 

@@ -148,5 +148,5 @@ def _check(folder: Path, students: Sequence[Path], family: Family, target: PreTr
 
 def _first_layers(config: PreTrainedConfig, depth: int) -> dict[str, Any]:
     """What makes a configuration that of its first `depth` layers."""
-    lists = {key: value[:depth] for key, value in config.to_dict().items() if key == "layer_types" and value}
-    return {"num_hidden_layers": depth, **lists}
+    kinds = config.to_dict().get("layer_types")
+    return {"num_hidden_layers": depth, **({"layer_types": kinds[:depth]} if kinds else {})}

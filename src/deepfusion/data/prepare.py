@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +112,20 @@ def corpus_from_source(
     """
     documents = read_documents(source, split, root)
     return tokenise(documents, (source.domain,), tokenizer_folder, counted=counted)
+
+
+def corpus_from_files(
+    data: str, split: Split, tokenizer_folder: Path, *, text: str | None, prompt: str | None, answer: str | None
+) -> Corpus:
+    """Text file(s) and templates, as a user names them on the command line; without a template the field `text`.
+
+    Raises:
+        DataError: the text or the tokenizer cannot be read.
+    """
+    whole = "{text}" if text is None and prompt is None else text
+    source = CorpusSource(domain="text", text=whole, prompt=prompt, answer=answer)
+    source = replace(source, **{split: str(Path(data).absolute())})
+    return corpus_from_source(source, split, tokenizer_folder)
 
 
 def write_corpus(corpus: Corpus, folder: Path) -> None:

@@ -58,7 +58,7 @@ def merged_tensors(
     made: list[tuple[Spec, Write]] = []
     for name in students[0]:
         made += _made_of(name, [student[name] for student in students], family, target, reader, seed)
-    if not any(EXPERT.match(name.replace(".experts.1.", ".experts.0.")) for (name, _, _), _ in made):
+    if not any(EXPERT.match(spec.name) for spec, _ in made):
         cure = f"give folders of {family.model_type} students with one expert, as `deepfusion run` leaves in experts/"
         raise ModelError(f"{folders[0]}: no tensor of an expert in it; {cure}")
     return made
