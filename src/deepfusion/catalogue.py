@@ -24,8 +24,10 @@ def catalogue() -> dict[str, dict[str, str]]:
     registries = {"method": methods, "[embed] type": embeddings, "[cluster] type": clusterings, "[distill] type": rules}
     parts = {kind: registry.describe() for kind, registry in registries.items()}
     moe = {name: p.about for name, p in PRESETS.items() if p.config["model_type"] in families}
+    kinds = {"single": "its students have one expert", "dense": "its students are dense"}
     return {
         **parts,
+        "family of MoE": {name: f"model_type of the target; {kinds[f.student]}" for name, f in families.items()},
         "[target] preset": moe,
         "[[devices.models]] preset": {name: p.about for name, p in PRESETS.items() if name not in moe},
         "[[data.corpora]] embedded": dict.fromkeys(EMBEDDED, "real text out of Python packages"),
@@ -41,7 +43,8 @@ overrides one value. A section without a required key may be left out."""
 
 def reference() -> str:
     """Every section and option with its type, default and meaning, as Markdown; read off the dataclasses themselves."""
-    shared, below = _Reader().rows(RunConfig, "")
+    reader = _Reader()
+    shared, below = reader.rows(RunConfig, "")
     top = [
         HEAD,
         '| `method` | a text in quotes | `"deepfusion"` | the federated method; see its own sections |',
@@ -49,7 +52,7 @@ def reference() -> str:
     ]
     parts = [INTRODUCTION, "## Top level", "\n".join(top), *below]
     for name in methods:
-        rows, below = _Reader().rows(methods[name], "")
+        rows, below = reader.rows(methods[name], "")
         parts += [f'## With `method = "{name}"`', _first_line(methods[name]), "\n".join([HEAD, *rows]), *below]
     return "\n\n".join(parts) + "\n"
 

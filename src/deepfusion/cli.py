@@ -260,7 +260,7 @@ def list_parts(as_json: AsJson = False) -> None:
         sys.stdout.write(json.dumps(parts, indent=2) + "\n")
         return
     for section, names in parts.items():
-        table = Table(title=section, title_justify="left", show_header=False, box=None, padding=(0, 2))
+        table = Table(title=_escape(section), title_justify="left", show_header=False, box=None, padding=(0, 2))
         for name, about in names.items():
             table.add_row(f"[cyan]{name}[/cyan]", about)
         out.print(table)

@@ -32,6 +32,7 @@ from deepfusion.record import (
 from deepfusion.run import Notes, private_corpus, versions
 from deepfusion.stages.evaluate import Score, by_domain, expert_load, mutual_information, score_documents, total
 from deepfusion.stages.proxy import load_proxies, load_upload
+from deepfusion.types import Proxy
 
 CURVE_POINTS = 400
 """Longest curve in the record; longer ones are thinned."""
@@ -145,10 +146,17 @@ def _baselines(
 ) -> Baselines:
     wanted, folder = config.evaluate, site.folder.path
     proxies = students = devices = oracle = None
+    sent = folder / "initial.json"  # of a method whose devices upload models
+    starts = {name: Path(path) for name, path in json.loads(sent.read_text()).items()} if sent.exists() else {}
+
+    def of_proxy(proxy: Proxy) -> dict[str, Score]:
+        if len(proxy.members) != 1:
+            return scorer.folder(f"proxy {proxy.folder.name}", proxy.folder)
+        member = proxy.members[0]  # the proxy is its model as it is
+        return scorer.upload(member, folder / "uploads" / f"{member}.safetensors", starts[proxy.architecture])
+
     if wanted.proxies and (folder / "proxies").exists():
-        scored = [
-            (p, scorer.folder(f"proxy {p.folder.name}", p.folder)) for p in load_proxies(folder / "proxies")
-        ]  # fmt: skip
+        scored = [(proxy, of_proxy(proxy)) for proxy in load_proxies(folder / "proxies")]
         proxies = _group([
             ModelMetrics(name=p.folder.name, cluster=p.cluster, architecture=p.architecture, metrics=as_metrics(s))
             for p, s in scored
@@ -161,8 +169,7 @@ def _baselines(
             ModelMetrics(name=f"student {f.name}", cluster=int(f.name), metrics=as_metrics(scorer.folder(f"student {f.name}", f)))
             for f in found
         ])  # fmt: skip
-    if wanted.devices and (folder / "uploads").exists():
-        starts = {name: Path(path) for name, path in json.loads((folder / "initial.json").read_text()).items()}
+    if wanted.devices and starts:
         devices = _group([
             ModelMetrics(
                 name=card.id, cluster=clusters.labels.get(card.id) if clusters else None, architecture=card.model.name,

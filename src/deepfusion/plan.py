@@ -12,7 +12,8 @@ from rich.table import Table
 from deepfusion.config import RunConfig
 from deepfusion.devices import memory, models
 from deepfusion.devices.fleet import cards
-from deepfusion.methods.deepfusion import DeepFusion
+from deepfusion.errors import ConfigError
+from deepfusion.methods import DeepFusion, methods
 from deepfusion.moe import families
 from deepfusion.stages.embed import HashedTfidf
 
@@ -73,6 +74,7 @@ def make_plan(config: RunConfig) -> Plan:
     """Price a configuration. Models are built without their numbers; no weights and no text are read.
 
     Raises:
+        ConfigError: the method cannot be priced yet.
         ModelError: an architecture's configuration is not known without network.
     """
     method = _method(config)
@@ -107,7 +109,9 @@ def make_plan(config: RunConfig) -> Plan:
 
 
 def _method(config: RunConfig) -> DeepFusion:
-    assert isinstance(config.method, DeepFusion)
+    if not isinstance(config.method, DeepFusion):
+        name = methods.name_of(type(config.method))
+        raise ConfigError([f'method = "{name}": only "deepfusion" can be priced so far; run it on little text instead'])
     return config.method
 
 

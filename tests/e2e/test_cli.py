@@ -109,7 +109,10 @@ def test_report_and_list(
     assert {"kmeans", "random"} <= parts["[cluster] type"].keys()
     assert {"tfidf", "encoder", "probe"} <= parts["[embed] type"].keys()
     assert call(monkeypatch, "list") == 0
-    assert "qwen2-moe-tiny" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "qwen2-moe-tiny" in shown
+    assert "[cluster] type" in shown, "a section's brackets are no markup"
+    assert "olmoe" in parts["family of MoE"]
 
 
 def test_phases_two_and_three_stand_alone(

@@ -78,6 +78,18 @@ def test_weighted_documents_appear_in_proportion_and_weightless_ones_never():
     assert PackedText(corpus, 50, 2, weights_U).num_rows == 4
 
 
+@settings(deadline=None, max_examples=60)
+@given(weights=st.lists(st.floats(0, 10), min_size=1, max_size=30).filter(any), seed=st.integers(0, 9))
+def test_a_weighted_document_comes_as_often_as_it_should_to_within_one(weights: list[float], seed: int):
+    corpus = _corpus([3] * len(weights))
+    due_U = np.asarray(weights) / np.sum(weights) * len(weights)
+    rows = PackedText(corpus, 3, seed, np.asarray(weights)).batch(0, len(weights)).input_ids_BT[:, 0].numpy()
+    owner = (np.searchsorted(corpus.token_starts, rows, side="right") - 1) // 2
+    times_U = np.bincount(owner, minlength=len(weights))
+    assert (np.abs(times_U - due_U) < 1 + 1e-9).all()
+    assert times_U.sum() == len(weights)
+
+
 def test_num_rows_is_what_an_epoch_begins():
     assert PackedText(_corpus([10, 11]), 7, 0).num_rows == 3
     assert PackedText(_corpus([10, 12]), 7, 0).num_rows == 4

@@ -98,7 +98,7 @@ BAD_SPECS = {
     "did you mean \"llama-pico\"": ModelSpec(name="m", preset="lama-pico"),
     "reaches 1024 positions.*lower": ModelSpec(name="m", preset="gpt2"),
     "no config.json": ModelSpec(name="m", folder="."),
-    "no model there": ModelSpec(name="m", folder="/nowhere/at-all"),
+    "there is no such folder": ModelSpec(name="m", folder="/nowhere/at-all"),
 }  # fmt: skip
 
 

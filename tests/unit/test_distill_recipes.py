@@ -324,8 +324,35 @@ def test_an_alignment_brings_teacher_logits_to_the_student() -> None:
         ({"alpha": -1.0}, "alpha = -1.0: must be finite and not negative"),
         ({"beta": float("inf")}, "beta = inf: must be finite and not negative"),
         ({"temperature": 0.0}, "temperature = 0.0: must be finite and above 0"),
+        ({"branch": 1.5}, "branch = 1.5: not a share of the steps"),
     ],
 )
 def test_impossible_options_are_faults_with_a_cure(changes: dict[str, Any], fault: str) -> None:
     (text,) = options(**changes).faults()
     assert text.startswith(fault)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_experts_are_one_until_they_branch(model_type: str, tmp_path: Path) -> None:
+    world = make_world(tmp_path / "world", model_type)
+
+    def experts(**changes: Any) -> list[dict[str, torch.Tensor]]:
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        run(world, out, steps=4, **changes)
+        return [world.family.split(load(out / str(k)).state_dict(), world.target)[1] for k in (0, 1)]
+
+    one, other = experts(branch=1.0)
+    assert all(torch.equal(one[name], other[name]) for name in one), "K copies of one expert, to the last bit"
+    apart = experts(branch=0.5)
+    assert all(not torch.equal(apart[0][name], apart[1][name]) for name in one)
+
+
+def test_before_it_branches_an_expert_learns_from_every_domain(world: World, tmp_path: Path) -> None:
+    teachers = [world.teachers[0], world.teachers[0]]
+    with_both = run(world, tmp_path / "both", steps=3, branch=1.0, teachers=teachers, domains=(0, 1))
+    alone = run(world, tmp_path / "alone", steps=3, teachers=teachers, domains=(0, 1))
+    first = {name: value for name, value in with_both["joint"][0].items() if name.startswith("loss")}
+    assert first == {name: alone["joint"][0][name] for name in first}, "the first step has nothing to share yet"
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    one, other = (load(tmp_path / place / "0").get_parameter(name) for place in ("both", "alone"))
+    assert not torch.equal(one, other)

@@ -27,8 +27,9 @@ class PackedText:
     """Training rows of exactly T tokens, cut from an endless stream of documents one after the other.
 
     Epoch e of the stream is a permutation of the documents that depends on (seed, e) only; with `weights_U` it is U
-    draws with replacement in proportion to them. A row that reaches the end of an epoch goes on in the next. `batch` is
-    a pure function of its arguments, so a training can be taken up at any step.
+    systematic draws in proportion to them: a document that should come n times comes floor(n) or ceil(n) times. A row
+    that reaches the end of an epoch goes on in the next. `batch` is a pure function of its arguments, so a training
+    can be taken up at any step.
 
     Raises:
         DataError: the corpus holds no document.
@@ -105,7 +106,9 @@ class PackedText:
         generator = np.random.default_rng(derive_seed("epoch", self._seed, index))
         if self._share_U is None:
             return generator.permutation(len(self.corpus))
-        return generator.choice(len(self.corpus), size=len(self.corpus), p=self._share_U)
+        marks_U = (np.arange(len(self.corpus)) + generator.random()) / len(self.corpus)
+        drawn_U = np.searchsorted(self._share_U.cumsum(), marks_U).clip(max=self._share_U.nonzero()[0][-1])
+        return generator.permutation(drawn_U)
 
 
 def document_batches(

@@ -91,10 +91,14 @@ def config_of(
             values = {**preset.config, **spec.config}
             config = make_config(values, vocab_size=vocab_size, positions=least, eos_id=eos_id)
         else:
+            if spec.folder is not None and not Path(spec.folder).is_dir():  # or it would be asked for on the hub
+                raise ModelError(
+                    f'folder = "{spec.folder}": there is no such folder; mend the path, or use hub = "..."'
+                )
             config = _with_overrides(read_config(spec.folder or spec.hub or ""), spec.config)
             if vocab_size is not None:
                 config.vocab_size = vocab_size
-        _check_reach(config, positions)
+        check_reach(config, positions)
     except ModelError as error:
         raise ModelError(f'[devices.models] "{spec.name}": {error}') from error
     return config
@@ -130,10 +134,30 @@ def build(
     # A published model's own configuration may hold more than our preset of it; only dropout is not wanted.
     without_dropout = {key: value for key, value in preset.config.items() if "drop" in key} if preset else {}
     try:
-        model = load(source, config={**without_dropout, **spec.config})
-        old, new = _tokenizer(source), _tokenizer(tokenizer_folder)
+        return pretrained(
+            source,
+            {**without_dropout, **spec.config},
+            vocab_size=vocab_size,
+            eos_id=eos_id,
+            tokenizer_folder=tokenizer_folder,
+        )
     except ModelError as error:
         raise ModelError(f'[devices.models] "{spec.name}": {error}') from error
+
+
+def pretrained(
+    source: str | Path, config: Mapping[str, Any], *, vocab_size: int, eos_id: int, tokenizer_folder: Path
+) -> PreTrainedModel:
+    """A folder's or hub model with its own weights, and with the run's vocabulary (`transfer_vocabulary`).
+
+    Args:
+        config: configuration keys that override the model's own.
+
+    Raises:
+        ModelError: it cannot be opened, or holds no tokenizer.
+    """
+    model = load(source, config)
+    old, new = _tokenizer(source), _tokenizer(tokenizer_folder)
     if int(model.config.vocab_size) != vocab_size or old.get_vocab() != new.get_vocab():
         transfer_vocabulary(model, old, new, vocab_size)
     model.config.eos_token_id = model.config.bos_token_id = eos_id
@@ -217,7 +241,8 @@ def _check_heads(config: PreTrainedConfig) -> None:
         )
 
 
-def _check_reach(config: PreTrainedConfig, positions: int) -> None:
+def check_reach(config: PreTrainedConfig, positions: int) -> None:
+    """Raise ModelError unless a model of this configuration reads sequences of `positions` tokens."""
     reach = min((int(getattr(config, key)) for key in POSITION_KEYS if getattr(config, key, None)), default=positions)
     if reach < positions:
         raise ModelError(

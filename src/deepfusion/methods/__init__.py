@@ -2,6 +2,7 @@
 """The federated methods; importing this package registers all of them."""
 
 from deepfusion.methods.base import Method, TargetOptions, methods
+from deepfusion.methods.centralised import Centralised
 from deepfusion.methods.deepfusion import DeepFusion
 
-__all__ = ["DeepFusion", "Method", "TargetOptions", "methods"]
+__all__ = ["Centralised", "DeepFusion", "Method", "TargetOptions", "methods"]

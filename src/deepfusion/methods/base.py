@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -15,11 +16,13 @@ from deepfusion.data.options import DataOptions
 from deepfusion.data.prepare import PreparedData
 from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import DeviceCard, FleetOptions
-from deepfusion.devices.models import make_config
+from deepfusion.devices.models import check_reach, make_config, read_config
 from deepfusion.devices.presets import PRESETS
 from deepfusion.errors import ModelError
 from deepfusion.moe import families
+from deepfusion.moe.upcycle import family_name, target_values
 from deepfusion.registry import Registry, did_you_mean
+from deepfusion.training import Optimisation, mixed_precision
 from deepfusion.types import Call, Payload, Progress
 
 
@@ -29,35 +32,67 @@ class StageReached(Exception):  # noqa: N818 (not an error: the user asked to st
 
 @dataclass(frozen=True, kw_only=True)
 class TargetOptions:
-    """[target]: the Mixture-of-Experts model that the run ends with.
+    """[target]: the Mixture-of-Experts model that the run ends with; either from random weights or from pretrained ones.
 
     Attributes:
-        preset: the name of a MoE configuration, see `deepfusion list`.
-        config: Hugging Face configuration keys that override the preset's, e.g. the number of experts.
+        preset: the name of a MoE configuration, see `deepfusion list`; the base starts from random weights.
+        base: a folder or hub name of pretrained weights to start from: a dense model (Llama, Mistral, Qwen2, Qwen3) whose
+            FFN becomes the first expert, or a MoE of a known family, whose routed experts become their mean.
+        config: Hugging Face configuration keys that override the preset's or base's, e.g. the number of experts.
     """
 
-    preset: str
+    preset: str | None = None
+    base: str | None = None
     config: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def model_type(self) -> str:
-        """Hugging Face model type of the target, which names its family."""
+        """Hugging Face model type of the target, which names its family.
+
+        Raises:
+            ModelError: the base cannot be read, or grows into no family.
+        """
+        if self.base is not None:
+            return family_name(_base_config(self.base), families)
+        assert self.preset is not None, "a preset or a base"
         return str(PRESETS[self.preset].config["model_type"])
 
     def make(self, vocab_size: int | None, positions: int, eos_id: int | None) -> PreTrainedConfig:
         """The Hugging Face configuration. Raises ModelError when the overrides do not fit."""
         try:
-            values = {**PRESETS[self.preset].config, **self.config}
-            return make_config(values, vocab_size=vocab_size, positions=positions, eos_id=eos_id)
+            if self.base is None:
+                assert self.preset is not None, "a preset or a base"
+                values = {**PRESETS[self.preset].config, **self.config}
+                return make_config(values, vocab_size=vocab_size, positions=positions, eos_id=eos_id)
+            values = {**target_values(_base_config(self.base), families[self.model_type]), **self.config}
+            config = make_config(values, vocab_size=vocab_size, positions=1, eos_id=eos_id)
+            check_reach(config, positions)  # a trained model's reach is what it is
+            return config
         except ModelError as error:
             raise ModelError(f"[target] {error}") from error
 
     def faults(self) -> Iterator[str]:
         """What is wrong with the values, and the cure."""
-        moe_presets = sorted(name for name, preset in PRESETS.items() if preset.config["model_type"] in families)
-        if self.preset not in moe_presets:
-            hint = did_you_mean(self.preset, tuple(moe_presets))
-            yield f'preset = "{self.preset}": not a MoE preset{hint}; choose one of {", ".join(moe_presets)}'
+        if (self.preset is None) == (self.base is None):
+            what = "nothing given" if self.preset is None else "they exclude each other"
+            yield f"preset, base: {what}; give a preset for random weights or a base for pretrained ones"
+        elif self.base is not None:
+            try:
+                _ = self.model_type
+            except ModelError as error:
+                yield f'base = "{self.base}": {error}'
+        else:
+            moe_presets = sorted(name for name, preset in PRESETS.items() if preset.config["model_type"] in families)
+            if self.preset not in moe_presets:
+                hint = did_you_mean(str(self.preset), tuple(moe_presets))
+                yield f'preset = "{self.preset}": not a MoE preset{hint}; choose one of {", ".join(moe_presets)}'
+
+
+@lru_cache(maxsize=8)
+def _base_config(source: str) -> PreTrainedConfig:
+    """Configuration of a folder or hub model; of a hub model that a preset describes it needs no network."""
+    preset = next((p for p in PRESETS.values() if p.hub == source), None)
+    return make_config(preset.config, vocab_size=None, positions=1) if preset else read_config(source)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +166,14 @@ class Method(Protocol):
 
 
 methods: Registry[Method] = Registry("method")
+
+
+def precision_faults(trainings: Mapping[str, Optimisation]) -> Iterator[str]:
+    """The server computes in one precision: what is wrong with those of its trainings, by section."""
+    if len({mixed_precision(training.precision) for training in trainings.values()}) > 1:
+        said = " and ".join(sorted({training.precision for training in trainings.values()}))
+        *others, last = (f"[{section}]" for section in trainings)
+        yield (f"precision = {said} in {', '.join(others)} and {last}: the server computes in one; give all the same")
 
 
 def plugin(registry: Registry[Any], default: str | None = None) -> Any:

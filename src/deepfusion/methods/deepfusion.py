@@ -14,26 +14,24 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
-from transformers import PreTrainedConfig
 
 from deepfusion.artifacts import file_digest, key_of, write_atomic
 from deepfusion.data.mixed import MixedText
 from deepfusion.data.options import DataOptions
 from deepfusion.data.packing import PackedText, document_batches
 from deepfusion.data.prepare import load_corpus, write_corpus
-from deepfusion.devices import models
 from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import FleetOptions
 from deepfusion.errors import ModelError
-from deepfusion.methods import exchange
-from deepfusion.methods.base import Site, TargetOptions, methods, plugin
-from deepfusion.moe import Family, families
+from deepfusion.methods import assembly, exchange
+from deepfusion.methods.base import Site, TargetOptions, methods, plugin, precision_faults
+from deepfusion.moe import families
 from deepfusion.stages import generate, merge, proxy, router, tune
 from deepfusion.stages.cluster import Clustering, clusterings, similarity
 from deepfusion.stages.distill import DistillOptions, Rule, distill, rules
 from deepfusion.stages.embed import Embedding, ServerProbe, embeddings
-from deepfusion.training import derive_seed, mixed_precision
-from deepfusion.types import Batch, Call, Clusters, Corpus, Payload, Proxy, Text, Upload
+from deepfusion.training import derive_seed
+from deepfusion.types import Call, Clusters, Corpus, Payload, Proxy, Text, Upload
 
 
 @methods.register("deepfusion")
@@ -173,12 +171,12 @@ class DeepFusion:
 
     def distil(self, site: Site, teachers: Sequence[Sequence[Proxy]], texts: Sequence[Text]) -> list[Path]:
         """Phase II: one student a domain, from one common base; returns their folders."""
-        family, target = self.target(site)
-        slices = self.merge.slices(len(teachers), family.num_experts(target))
+        family, moe = assembly.family_and_config(site)
+        slices = self.merge.slices(len(teachers), family.num_experts(moe))
 
         def make(folder: Path) -> None:
             distill(
-                self.base(site, slices), teachers, texts, family=family, target=target, slices=slices, rule=self.distill,
+                assembly.base(site, slices), teachers, texts, family=family, target=moe, slices=slices, rule=self.distill,
                 recipe=self.recipe, options=self.distillation, seed=derive_seed(site.seed, "distill"),
                 tokenizer_folder=site.data.tokenizer, scratch=site.folder.scratch("experts"), progress=site.progress,
                 out=folder,
@@ -188,122 +186,43 @@ class DeepFusion:
         folder = site.keep("experts", make, *parts, site.folder.key("proxies"))
         return [folder / str(k) for k in range(len(teachers))]
 
-    def base(self, site: Site, slices: int) -> Path:
-        """M_0: the one base model that all students start from (method, section 8)."""
-        family, target = self.target(site)
-
-        def make(folder: Path) -> None:
-            student = family.student_config(target, slices=slices)
-            models.save(models.from_config(student, derive_seed(site.seed, "base")), folder, site.data.tokenizer)
-
-        return site.keep("base", make, site.target, slices, site.data_key, site.sequence_length)
-
     def merge_students(self, site: Site, students: Sequence[Path], closeness_UK: np.ndarray) -> Path:
         """Phase III: students to experts, a router that knows the domains, and the proof that nothing was lost."""
-
         nearest_KU = np.argsort(-closeness_UK.T, axis=1, kind="stable")[:, : self.router.documents]
         texts = [site.data.public.select(nearest_U) for nearest_U in nearest_KU]
         beginnings = [document_batches(text, site.sequence_length, 2048, most_windows=1) for text in texts]
         batches = [[batch for _, batch in rows] for rows in beginnings]
-        return self.merged(site, "merged", students, batches, site.folder.key("experts"))
-
-    def merged(
-        self, site: Site, name: str, students: Sequence[Path], domain_batches: Sequence[Sequence[Batch]], *parts: object
-    ) -> Path:
-        """Merge `students` into the stage `name`; its `merge.json` holds the result of the check."""
-        family, target = self.target(site)
-        slices = self.merge.slices(len(students), family.num_experts(target))
-        seed, notes = derive_seed(site.seed, name), list[str]()
-
-        def make(folder: Path) -> None:
-            parts = merge.open_students(students, family=family, target=target, slices=slices)
-            start = router.random_router(target, family=family, seed=seed)
-            model = merge.merge(parts, start, family=family, target=target, options=self.merge, seed=seed)
-            if self.router.start == "prototype" and len(students) > 1:
-                prototypes = router.prototype_router(
-                    model, domain_batches, family=family, slices=slices, options=self.router, seed=seed, note=notes.append
-                )  # fmt: skip
-                router.set_routers(model, prototypes)
-            probes = [batches[0] for batches in domain_batches]
-            scale = merge.calibrate_scale(model, probes, family=family)
-            worst = max(merge.check_merge(model, parts, probe, family=family, options=self.merge) for probe in probes)
-            models.save(model, folder, site.data.tokenizer)
-            said = {"largest_logit_difference": worst, "routed_scaling_factor": scale, "notes": notes}
-            (folder / "merge.json").write_text(json.dumps(said))
-
-        folder = site.keep(name, make, self.merge, self.router, site.target, *parts)
-        for sentence in json.loads((folder / "merge.json").read_text())["notes"]:  # perhaps of a run that crashed since
-            site.note(sentence)
-        return folder
+        return assembly.merged(
+            site, "merged", students, batches, site.folder.key("experts"), options=self.merge, start=self.router
+        )
 
     def tune_merged(self, site: Site, merged: Path, teachers: Sequence[Sequence[Proxy]], texts: Sequence[Text]) -> Path:
         """Phase III: tune the merged model on the domains' text, under their teachers."""
-        return self.tuned(site, "moe", merged, teachers, texts, site.folder.key("merged"), self.generate)
-
-    def tuned(
-        self,
-        site: Site,
-        name: str,
-        merged: Path,
-        teachers: Sequence[Sequence[Proxy]],
-        texts: Sequence[Text],
-        *parts: object,
-    ) -> Path:
-        """Tune the model of folder `merged` into the stage `name`."""
-        family, _ = self.target(site)
-
-        def make(folder: Path) -> None:
-            tune.tune(
-                merged, teachers, texts, family=family, options=self.tune, seed=derive_seed(site.seed, name),
-                tokenizer_folder=site.data.tokenizer, scratch=site.folder.scratch(name), progress=site.progress, out=folder,
-            )  # fmt: skip
-
-        return site.keep(name, make, self.tune, *parts)
+        parts = (site.folder.key("merged"), self.generate)
+        return assembly.tuned(site, "moe", merged, teachers, texts, *parts, options=self.tune)
 
     def reference(self, site: Site) -> Path:
         """The same MoE from public text alone, with as many tokens: a base trained on it, copied to E experts, tuned.
 
         One batch of the base's training is as large as those of all domains together.
         """
-        family, target = self.target(site)
         domains = len(json.loads((site.folder / "clusters.json").read_text())["members"])
         text = PackedText(site.data.public, site.sequence_length, derive_seed(site.seed, "reference"))
         optimisation = self.distillation.optimisation
-        options = DistillOptions(
+        training = assembly.TextTraining(
             steps=self.distillation.steps,
             optimisation=replace(optimisation, batch_size=domains * optimisation.batch_size),
-        )  # nothing of teachers: runs that differ in those share a reference
-
-        def make(folder: Path) -> None:
-            distill(
-                self.base(site, 1), [[]], [text], family=family, target=target, rule=self.distill, recipe="joint",
-                options=options, seed=derive_seed(site.seed, "reference"), tokenizer_folder=site.data.tokenizer,
-                scratch=site.folder.scratch("reference/base"), progress=site.progress, out=folder,
-            )  # fmt: skip
-
-        parts = (options, domains, site.target, site.data_key, site.sequence_length)
-        base = site.folder.keep("reference/base", make, site.seed, *parts)
-        tuning = replace(self.tune, beta=0.0, trust="all")
-        plain = replace(self, merge=replace(self.merge, fill="replicate"), tune=tuning)
-        merged = plain.merged(site, "reference/merged", [base / "0"], [[text.batch(0, 8)]], parts)
-        return plain.tuned(site, "reference/moe", merged, [[]], [text], parts)
-
-    def target(self, site: Site) -> tuple[Family, PreTrainedConfig]:
-        """The target's family and full configuration."""
-        family = families[site.target.model_type]
-        return family, family.ready_target(
-            site.target.make(site.data.vocab_size, site.sequence_length, site.data.eos_id)
-        )  # fmt: skip
+        )
+        return assembly.trained(site, "reference/", text, training=training, noise=self.merge.noise, tuning=self.tune)
 
     def faults_with(self, devices: FleetOptions, data: DataOptions, target: TargetOptions) -> Iterator[str]:
         """See `Method.faults_with`."""
-        trained = [self.warm_start.training] if self.warm_start.steps else []
-        trained += [self.distillation.optimisation, self.tune.optimisation]
-        if len({mixed_precision(part.precision) for part in trained}) > 1:
-            yield (
-                f"precision = {' and '.join(sorted({part.precision for part in trained}))} in [warm_start.training], "
-                "[distillation.optimisation] and [tune.optimisation]: the server computes in one; give all the same"
-            )
+        parts = {"warm_start.training": self.warm_start.training} if self.warm_start.steps else {}
+        parts |= {
+            "distillation.optimisation": self.distillation.optimisation,
+            "tune.optimisation": self.tune.optimisation,
+        }
+        yield from precision_faults(parts)
         family = families[target.model_type]
         size = devices.count + len(devices.named)
         vocabulary = data.tokenizer.vocab_size or None

@@ -118,7 +118,7 @@ def _cluster_charts(record: Record) -> list[tuple[str, str, str]]:
 
 
 def _curve_charts(record: Record) -> list[tuple[str, str, str]]:
-    titles = {"experts": "Distillation", "moe": "Tuning", "reference/base": "Reference: base on public text",
+    titles = {"experts": "Distillation", "moe": "Tuning", "reference/trained": "Reference: base on public text",
               "reference/moe": "Reference: tuning"}  # fmt: skip
     found: list[tuple[str, str, str]] = []
     for training, metrics in record.curves.items():

@@ -38,6 +38,9 @@ class DistillOptions:
         align: "same" asks for teachers with the student's vocabulary; "none" compares no vocabularies and leaves the
             KL out, the teachers must still be able to read the student's token ids.
         text: public text for domain i is drawn by its closeness to the domain ("domain") or evenly ("uniform").
+        branch: share of the steps in which the experts of all domains learn alike, from the text and teachers of all; then each
+            goes its own way, from its own domain alone (after Branch-Train-MiX, arXiv 2403.07816). With the paper's recipe
+            students are apart from the start.
         together: the student reads the batches of all domains in one forward pass, each through its own expert: much
             faster for small models, and as much activation memory as domains; false reads one after the other.
             Families whose students are dense (DeepSeek) always do the latter.
@@ -51,6 +54,7 @@ class DistillOptions:
     trust: Trust = "best"
     align: Literal["same", "none"] = "same"
     text: Literal["domain", "uniform"] = "domain"
+    branch: float = 0.0
     together: bool = True
     optimisation: Optimisation = field(default_factory=Optimisation)
 
@@ -61,6 +65,8 @@ class DistillOptions:
         for name, value in (("alpha", self.alpha), ("beta", self.beta)):
             if not 0 <= value < float("inf"):
                 yield f"{name} = {value}: must be finite and not negative; use 0 to switch this loss off"
+        if not 0 <= self.branch <= 1:
+            yield f"branch = {self.branch}: not a share of the steps; choose a number from 0 to 1"
         if not 0 < self.temperature < float("inf"):
             yield f"temperature = {self.temperature}: must be finite and above 0; 1 leaves the logits as they are"
 

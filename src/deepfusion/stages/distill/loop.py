@@ -203,16 +203,30 @@ def _step(
             for domain, each in zip(group, losses, strict=True):
                 for key, value in each.items():
                     sums[f"{key}/{domain.index}"] = sums.get(f"{key}/{domain.index}", 0.0) + value.detach() / parts
-        if len(domains) > 1:  # an expert sees its own domain's batch only: 1/K of what the shared layers see
-            for tensor in (tensor for domain in domains for tensor in domain.expert.values()):
-                assert tensor.grad is not None
-                tensor.grad *= len(domains)
+        if len(domains) > 1:
+            _scale_expert_gradients(domains, alike=step < options.branch * options.steps)
         metrics = {name: float(value) for name, value in sums.items()}
         for key in {name.split("/")[0]: None for name in metrics}:
             metrics[key] = sum(v for name, v in metrics.items() if name.startswith(f"{key}/")) / len(domains)
         return metrics
 
     return backward
+
+
+def _scale_expert_gradients(domains: Sequence[Domain], *, alike: bool) -> None:
+    """Give experts gradients as large as those of the shared layers, which see K batches where an expert sees its own.
+
+    Before the domains part, all experts take the same step on all batches: K copies of one, to the last bit.
+    """
+    for name in domains[0].expert:
+        gradients = [gradient for domain in domains if (gradient := domain.expert[name].grad) is not None]
+        assert len(gradients) == len(domains)
+        whole = torch.stack(gradients).sum(0) if alike else None
+        for gradient in gradients:
+            if whole is not None:
+                gradient.copy_(whole)
+            else:
+                gradient *= len(domains)
 
 
 @contextmanager

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The study's table, from its result files."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepfusion.statistics import paired_difference
+
+HEAD = """| row | seeds | test perplexity | nats | against public only | nats above main (95% interval) | validation, nats | |
+|---|---|---|---|---|---|---|---|"""
+"""Perplexity over all test tokens; validation is the mean of the domains' log-perplexities."""
+
+
+def table(results: Path, names: list[str]) -> str:
+    """Markdown: every row that has a result, in the order of `names`."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for path in sorted(results.glob("*.json")):
+        result = json.loads(path.read_text())
+        found.setdefault(result["row"], {})[result["seed"]] = result
+    lines = [_line(name, found[name], found.get("main", {})) for name in names if name in found]
+    return "\n".join([HEAD, *_references(found.get("main", {})), *lines])
+
+
+def _references(mains: dict[int, dict[str, Any]]) -> list[str]:
+    """What the main runs are compared with."""
+    if not mains:
+        return []
+    wanted = {
+        "public_only": ("*public text only*", "the same MoE, the same server tokens, no device"),
+        "oracle": ("*best proxy of each domain*", "told which domain a document is of"),
+        "proxies": ("*proxies*", "mean log-perplexity"),
+        "devices": ("*devices*", "mean log-perplexity"),
+        "merged": ("*merged*", "main before its tuning"),
+    }
+    lines: list[str] = []
+    for name, (title, about) in wanted.items():
+        values = [main["baselines"][name] for main in mains.values() if main["baselines"].get(name)]
+        if values:
+            nats = [value.get("mean", value)["log_perplexity"] for value in values]
+            lines.append(f"| {title} | {len(nats)} | {_perplexity(nats)} | {_spread(nats, 3)} | | | | {about} |")
+    return lines
+
+
+def _line(name: str, row: dict[int, dict[str, Any]], mains: dict[int, dict[str, Any]]) -> str:
+    nats = [result["metrics"]["log_perplexity"] for result in row.values()]
+    validation = [result["validation"] for result in row.values()]
+    about = next(iter(row.values()))["about"]
+    public = [
+        1 - math.exp(result["metrics"]["log_perplexity"] - result["baselines"]["public_only"]["log_perplexity"])
+        for result in row.values() if result["baselines"].get("public_only")
+    ]  # fmt: skip
+    both = sorted(row.keys() & mains.keys())
+    gap = "" if name == "main" or not both else _gap([row[seed] for seed in both], [mains[seed] for seed in both])
+    against = f"{_spread([100 * share for share in public], 1)}% better" if public else ""
+    cells = (name, len(nats), _perplexity(nats), _spread(nats, 3), against, gap, _spread(validation, 3), about)
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _gap(rows: list[dict[str, Any]], mains: list[dict[str, Any]]) -> str:
+    tokens_U = np.asarray([tokens for _, tokens in rows[0]["documents"]["moe"]])
+    ours, theirs = ([np.asarray([nll for nll, _ in r["documents"]["moe"]]) for r in part] for part in (rows, mains))
+    found = paired_difference(ours, theirs, tokens_U)
+    sure = "**" if found.excludes_zero else ""
+    return f"{sure}{found.mean:+.3f}{sure} ({found.low:+.3f} to {found.high:+.3f})"
+
+
+def _perplexity(nats: list[float]) -> str:
+    return _spread([math.exp(value) for value in nats], 1)
+
+
+def _spread(values: list[float], digits: int) -> str:
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The server's work on the target MoE that methods share: its base, merging into it, tuning it, and training it on text.
+
+Each function is a stage: made once, kept under a key of all that it depends on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from deepfusion.artifacts import file_digest
+from deepfusion.data.packing import PackedText
+from deepfusion.devices import models
+from deepfusion.devices.features import forward
+from deepfusion.errors import ModelError
+from deepfusion.methods.base import Site
+from deepfusion.moe import Family, families
+from deepfusion.moe.upcycle import mean_expert, student_state
+from deepfusion.stages import merge, router, tune
+from deepfusion.stages.distill import DistillOptions, Logits, distill
+from deepfusion.training import Optimisation, derive_seed
+from deepfusion.types import Batch, Proxy, Text
+
+GROWN_TOLERANCE = 1e-3
+"""Largest difference in logits between a dense model and the student that grew out of it, in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTraining:
+    """[training]: how the base of a MoE is trained on text by cross-entropy, before it is copied to the experts.
+
+    Attributes:
+        steps: optimiser steps.
+        optimisation: [training.optimisation]
+    """
+
+    steps: int
+    optimisation: Optimisation = field(default_factory=Optimisation)
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with the values, and the cure."""
+        if self.steps < 1:
+            yield f"steps = {self.steps}: must be at least 1; give the number of optimiser steps"
+
+
+def family_and_config(site: Site) -> tuple[Family, PreTrainedConfig]:
+    """The target's family and full configuration."""
+    family = families[site.target.model_type]
+    return family, family.ready_target(site.target.make(site.data.vocab_size, site.sequence_length, site.data.eos_id))
+
+
+def base(site: Site, slices: int = 1) -> Path:
+    """M_0: the one base model that all students start from (method, section 8)."""
+    family, target = family_and_config(site)
+    source = site.target.base
+    weights = sorted(Path(source).glob("*.safetensors")) if source else []
+
+    def make(folder: Path) -> None:
+        student = family.student_config(target, slices=slices)
+        model = models.from_config(student, derive_seed(site.seed, "base"))
+        if source is not None:
+            _grow(model, source, site, family)
+        models.save(model, folder, site.data.tokenizer)
+
+    digests = [file_digest(path) for path in weights]
+    return site.keep("base", make, site.target, digests, slices, site.data_key, site.sequence_length)
+
+
+def _grow(student: PreTrainedModel, source: str, site: Site, family: Family) -> None:
+    """Give a new student the weights of a pretrained model; one that grew out of a dense model must predict what that does.
+
+    Raises:
+        ModelError: the weights do not fit, or the student predicts something else.
+    """
+    data = site.data
+    try:
+        base = models.pretrained(
+            source, {}, vocab_size=data.vocab_size, eos_id=data.eos_id, tokenizer_folder=data.tokenizer
+        )
+        if base.config.model_type == family.model_type:
+            found = student.load_state_dict(mean_expert(base.state_dict(), family, base.config), strict=False)
+            assert not found.unexpected_keys, found.unexpected_keys
+            return
+        student.load_state_dict(student_state(base.state_dict(), student.state_dict(), family.width_key))
+        probe = PackedText(data.public, min(site.sequence_length, 64), derive_seed(site.seed, "probe")).batch(0, 2)
+        with torch.no_grad():
+            ours_BTV, theirs_BTV = (forward(model, probe).logits_BTV for model in (student, base))
+    except ModelError as error:
+        raise ModelError(f"[target] base = {source}: {error}") from error
+    gap = float((ours_BTV - theirs_BTV).abs().max())
+    if not gap <= GROWN_TOLERANCE:
+        raise ModelError(
+            f"[target] base = {source}: a {student.config.model_type} with its weights gives logits that differ by {gap:.2g}; "
+            "take what changes its computation out of [target.config]"
+        )
+
+
+def merged(
+    site: Site,
+    name: str,
+    students: Sequence[Path],
+    domain_batches: Sequence[Sequence[Batch]],
+    *parts: object,
+    options: merge.MergeOptions,
+    start: router.RouterOptions,
+) -> Path:
+    """Merge `students` into the stage `name`; its `merge.json` holds the result of the check.
+
+    Args:
+        domain_batches: text of each student's domain, for the router's prototypes and for the check.
+        parts: keys of what the students are made from.
+        start: how the router starts.
+    """
+    family, target = family_and_config(site)
+    slices = options.slices(len(students), family.num_experts(target))
+    seed, notes = derive_seed(site.seed, name), list[str]()
+
+    def make(folder: Path) -> None:
+        parts = merge.open_students(students, family=family, target=target, slices=slices)
+        routers = router.random_router(target, family=family, seed=seed)
+        model = merge.merge(parts, routers, family=family, target=target, options=options, seed=seed)
+        if start.start == "prototype" and len(students) > 1:
+            prototypes = router.prototype_router(
+                model, domain_batches, family=family, slices=slices, options=start, seed=seed, note=notes.append
+            )
+            router.set_routers(model, prototypes)
+        probes = [batches[0] for batches in domain_batches]
+        scale = merge.calibrate_scale(model, probes, family=family)
+        worst = max(merge.check_merge(model, parts, probe, family=family, options=options) for probe in probes)
+        models.save(model, folder, site.data.tokenizer)
+        said = {"largest_logit_difference": worst, "routed_scaling_factor": scale, "notes": notes}
+        (folder / "merge.json").write_text(json.dumps(said))
+
+    folder = site.keep(name, make, options, start, site.target, *parts)
+    for sentence in json.loads((folder / "merge.json").read_text())["notes"]:  # perhaps of a run that crashed since
+        site.note(sentence)
+    return folder
+
+
+def tuned(
+    site: Site,
+    name: str,
+    moe: Path,
+    teachers: Sequence[Sequence[Proxy]],
+    texts: Sequence[Text],
+    *parts: object,
+    options: tune.TuneOptions,
+) -> Path:
+    """Tune the model of folder `moe` into the stage `name`.
+
+    Args:
+        teachers: of each text; empty lists where there are none.
+        parts: keys of what `moe`, the teachers and the texts are made from.
+    """
+    family, _ = family_and_config(site)
+
+    def make(folder: Path) -> None:
+        tune.tune(
+            moe, teachers, texts, family=family, options=options, seed=derive_seed(site.seed, name),
+            tokenizer_folder=site.data.tokenizer, scratch=site.folder.scratch(name), progress=site.progress, out=folder,
+        )  # fmt: skip
+
+    return site.keep(name, make, options, *parts)
+
+
+def trained(
+    site: Site,
+    prefix: str,
+    text: Text,
+    *parts: object,
+    training: TextTraining,
+    noise: float,
+    tuning: tune.TuneOptions,
+) -> Path:
+    """The target MoE from one text: a base trained on it, copied to all experts and tuned, by cross-entropy alone.
+
+    Args:
+        prefix: of the stages `trained`, `merged` and `moe`.
+        parts: keys of what the text is made from.
+        noise: see [merge].
+        tuning: how the MoE is tuned, its teachers apart.
+    """
+    family, target = family_and_config(site)
+    name, options = f"{prefix}trained", DistillOptions(steps=training.steps, optimisation=training.optimisation)
+
+    def make(folder: Path) -> None:
+        distill(
+            base(site), [[]], [text], family=family, target=target, rule=Logits(), recipe="joint", options=options,
+            seed=derive_seed(site.seed, name), tokenizer_folder=site.data.tokenizer,
+            scratch=site.folder.scratch(name), progress=site.progress, out=folder,
+        )  # fmt: skip
+
+    whole = (training, site.target, site.data_key, site.sequence_length, *parts)
+    student = site.keep(name, make, *whole) / "0"
+    copies, random = merge.MergeOptions(noise=noise), router.RouterOptions(start="random")
+    moe = merged(site, f"{prefix}merged", [student], [[text.batch(0, 8)]], *whole, options=copies, start=random)
+    plain = replace(tuning, beta=0.0, temperature=1.0, trust="all")
+    return tuned(site, f"{prefix}moe", moe, [[]], [text], *whole, noise, options=plain)

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Centralised training: every device hands over its text, and the server trains the same MoE on all of it.
+
+No federation, and no privacy: the bound that federated methods are measured against (baselines, section 8). It reads as many
+public tokens as the others' server does, and beside them as many private tokens as their devices read together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from deepfusion.artifacts import file_digest, key_of
+from deepfusion.data.mixed import MixedText
+from deepfusion.data.options import DataOptions
+from deepfusion.data.packing import PackedText
+from deepfusion.devices.device import Device
+from deepfusion.devices.fleet import FleetOptions
+from deepfusion.errors import ModelError, UploadError
+from deepfusion.federation.spool import Spool, collect
+from deepfusion.methods import assembly
+from deepfusion.methods.base import Site, TargetOptions, methods, precision_faults
+from deepfusion.moe import families
+from deepfusion.stages.local import steps_for
+from deepfusion.stages.tune import TuneOptions
+from deepfusion.training import derive_seed
+from deepfusion.types import Call, Corpus, Payload
+
+
+@methods.register("centralised")
+@dataclass(frozen=True, kw_only=True)
+class Centralised:
+    """One MoE trained on everybody's text: a base on public and private text, copied to the experts, tuned on both.
+
+    Attributes:
+        noise: on the copies of the base's FFN, see [merge].
+        training: [training] of the base, on public text; steps for the private text come on top.
+        tune: [tune] how the MoE is tuned; there are no teachers.
+    """
+
+    stages: ClassVar[tuple[str, ...]] = ("data", "uploads", "trained", "merged", "moe")
+
+    noise: float = 0.01
+    training: assembly.TextTraining
+    tune: TuneOptions = field(default_factory=TuneOptions)
+
+    def client(self, device: Device, request: Payload) -> Payload:
+        """The device's text as it is: token ids, which of them count as targets, and the documents' lengths."""
+        corpus = device.corpus
+        documents = [corpus.document(index) for index in range(len(corpus))]
+        arrays = {
+            "token_ids": torch.from_numpy(_joined([ids for ids, _ in documents], np.int32)),
+            "counted": torch.from_numpy(_joined([flags for _, flags in documents], np.bool_)),
+            "lengths": torch.from_numpy(corpus.lengths_U.astype(np.int64)),
+        }
+        return Payload("text", arrays, {"device": device.id})
+
+    def server(self, site: Site, call: Call) -> Path:
+        """Collect the text, train on it and on the public text, each in its share."""
+        corpus, read, digests = self.collect_text(site, call)
+        optimisation, length = self.training.optimisation, site.sequence_length
+        tokens = optimisation.batch_size * optimisation.accumulate * length
+        steps = self.training.steps + -(-read // tokens)
+        public = PackedText(site.data.public, length, derive_seed(site.seed, "public"))
+        private = PackedText(corpus, length, derive_seed(site.seed, "private"))
+        text = MixedText(public, private, read / (steps * tokens))
+        training = replace(self.training, steps=steps)
+        return assembly.trained(site, "", text, digests, training=training, noise=self.noise, tuning=self.tune)
+
+    def collect_text(self, site: Site, call: Call) -> tuple[Corpus, int, list[str]]:
+        """All devices' text; how many tokens of it their own trainings would read; the files' hashes."""
+        requests = {card.id: Payload("request") for card in site.cards}
+
+        def check(device_id: str, payload: Payload) -> None:
+            check_text(payload, device_id, site.data.vocab_size)
+
+        key = key_of("text", site.seed, site.data_key, site.fleet, site.sequence_length)
+        spool = Spool(site.folder / "uploads", key)
+        have = collect(call, requests, spool, check)
+        for device_id, reason in spool.rejected().items():
+            site.note(f"text of {device_id} was refused: {reason}")
+        site.reached("uploads")
+        texts = [_corpus([spool.get(device_id)]) for device_id in have]
+        fleet, length = site.fleet, site.sequence_length
+        steps = sum(steps_for(text, length, fleet.training, fleet.epochs, fleet.max_steps) for text in texts)
+        read = steps * fleet.training.batch_size * fleet.training.accumulate * length
+        whole = _corpus([spool.get(device_id) for device_id in have])
+        return whole, read, [file_digest(spool.path(device_id)) for device_id in have]
+
+    def reference(self, site: Site) -> Path:
+        """The same MoE from public text alone."""
+        text = PackedText(site.data.public, site.sequence_length, derive_seed(site.seed, "reference"))
+        return assembly.trained(site, "reference/", text, training=self.training, noise=self.noise, tuning=self.tune)
+
+    def faults_with(self, devices: FleetOptions, data: DataOptions, target: TargetOptions) -> Iterator[str]:
+        """See `Method.faults_with`."""
+        yield from precision_faults(
+            {"training.optimisation": self.training.optimisation, "tune.optimisation": self.tune.optimisation}
+        )
+        family = families[target.model_type]
+        try:
+            family.student_config(
+                family.ready_target(target.make(data.tokenizer.vocab_size, data.sequence_length, None))
+            )
+        except ModelError as error:
+            yield str(error)
+
+
+def _joined(parts: Sequence[np.ndarray], dtype: type[np.generic]) -> np.ndarray:
+    return np.concatenate([part.astype(dtype) for part in parts]) if parts else np.zeros(0, dtype)
+
+
+def check_text(payload: Payload, device_id: str, vocab_size: int) -> None:
+    """Check a device's text. Raises UploadError naming the device, what is wrong, and the cure."""
+    shapes = {"token_ids": torch.int32, "counted": torch.bool, "lengths": torch.int64}
+    arrays, fault = payload.arrays, ""
+    if {name: tensor.dtype for name, tensor in arrays.items() if tensor.dim() == 1} != shapes:
+        fault = f"its tensors are not the vectors {', '.join(shapes)}"
+    elif payload.metadata.get("device") != device_id:
+        fault = f"it says that it comes from {payload.metadata.get('device')!r:.80}"
+    elif not _adds_up(arrays["lengths"], len(arrays["token_ids"])):
+        fault = "the lengths of its documents do not add up to its tokens"
+    elif len(arrays["counted"]) != len(arrays["token_ids"]):
+        fault = f"it has {len(arrays['token_ids'])} tokens and {len(arrays['counted'])} flags"
+    elif len(ids := arrays["token_ids"]) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        fault = f"token ids from {int(ids.min())} to {int(ids.max())}, where the vocabulary has {vocab_size}"
+    if fault:
+        raise UploadError(f"device {device_id}: {fault}; send the text as this run's tokenizer cuts it")
+
+
+def _adds_up(lengths_U: torch.Tensor, tokens: int) -> bool:
+    """Whether the lengths are positive and sum to `tokens`; the first two keep the sum from running over."""
+    return not len(lengths_U) or (
+        int(lengths_U.min()) >= 1 and int(lengths_U.max()) <= tokens and int(lengths_U.sum()) == tokens
+    )
+
+
+def _corpus(payloads: Sequence[Payload]) -> Corpus:
+    """The documents of all payloads, without their text."""
+    parts = {
+        name: torch.cat([payload.arrays[name] for payload in payloads]) for name in ("token_ids", "counted", "lengths")
+    }
+    starts = np.concatenate([[0], np.cumsum(parts["lengths"].numpy())])
+    count = len(starts) - 1
+    return Corpus(
+        token_ids=parts["token_ids"].numpy(),
+        counted=parts["counted"].numpy(),
+        token_starts=starts,
+        text_bytes=np.zeros(0, np.uint8),
+        text_starts=np.zeros(count + 1, np.int64),
+        domain_ids=np.zeros(count, np.int32),
+        domains=("private",),
+        rows_U=np.arange(count),
+    )
