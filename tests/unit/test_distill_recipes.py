@@ -39,7 +39,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def options(**changes: Any) -> DistillOptions:
-    return DistillOptions(**{"steps": 3, "optimisation": FAST, **changes})
+    return DistillOptions(**{"steps": 3, "branch": 0.4, "optimisation": FAST, **changes})
 
 
 def run(
@@ -271,8 +271,8 @@ def test_accumulated_micro_batches_equal_one_batch_when_all_tokens_count(world: 
 def test_expert_gradients_are_multiplied_by_the_number_of_domains(world: World, tmp_path: Path) -> None:
     """Two domains with the same text and teachers move their experts as one domain does."""
     twice = distill(
-        world.base, [world.teachers[0]] * 2, [Rows(0)] * 2, rule=Logits(), recipe="joint", options=options(steps=1),
-        seed=0, out=tmp_path / "twice", **world.arguments,  # type: ignore[arg-type]
+        world.base, [world.teachers[0]] * 2, [Rows(0)] * 2, rule=Logits(), recipe="joint",
+        options=options(steps=1, branch=0.0), seed=0, out=tmp_path / "twice", **world.arguments,  # type: ignore[arg-type]
     )  # fmt: skip
     run(world, tmp_path / "once", domains=[0], rule=Logits(), steps=1)
     once, first, second = (
@@ -350,7 +350,7 @@ def test_experts_are_one_until_they_branch(model_type: str, tmp_path: Path) -> N
 def test_before_it_branches_an_expert_learns_from_every_domain(world: World, tmp_path: Path) -> None:
     teachers = [world.teachers[0], world.teachers[0]]
     with_both = run(world, tmp_path / "both", steps=3, branch=1.0, teachers=teachers, domains=(0, 1))
-    alone = run(world, tmp_path / "alone", steps=3, teachers=teachers, domains=(0, 1))
+    alone = run(world, tmp_path / "alone", steps=3, branch=0.0, teachers=teachers, domains=(0, 1))
     first = {name: value for name, value in with_both["joint"][0].items() if name.startswith("loss")}
     assert first == {name: alone["joint"][0][name] for name in first}, "the first step has nothing to share yet"
     name = "model.layers.0.mlp.experts.gate_up_proj"

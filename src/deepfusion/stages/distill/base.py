@@ -54,7 +54,7 @@ class DistillOptions:
     trust: Trust = "best"
     align: Literal["same", "none"] = "same"
     text: Literal["domain", "uniform"] = "domain"
-    branch: float = 0.0
+    branch: float = 0.8
     together: bool = True
     optimisation: Optimisation = field(default_factory=Optimisation)
 
