@@ -325,6 +325,7 @@ def test_an_alignment_brings_teacher_logits_to_the_student() -> None:
         ({"beta": float("inf")}, "beta = inf: must be finite and not negative"),
         ({"temperature": 0.0}, "temperature = 0.0: must be finite and above 0"),
         ({"branch": 1.5}, "branch = 1.5: not a share of the steps"),
+        ({"text_temperature": 0.0}, "text_temperature = 0.0: must be finite and at least 0.01"),
     ],
 )
 def test_impossible_options_are_faults_with_a_cure(changes: dict[str, Any], fault: str) -> None:

@@ -89,11 +89,20 @@ def test_a_moe_of_equal_experts_is_its_own_mean(preset: str) -> None:
         if ".mlp.experts." in name:
             state[name] = state[name][:1].expand_as(state[name]).clone()
     student = from_config(family.student_config(target), seed=1)
-    student.load_state_dict(mean_expert(state, family, target), strict=False)
+    student.load_state_dict(mean_expert(state, student.state_dict(), family, target))
     shared, expert = family.split(student.state_dict(), target)
     for name, tensor in family.expert_of(state, 2, target).items():
         torch.testing.assert_close(expert[name], tensor)
     assert all(torch.equal(state[name], tensor) for name, tensor in shared.items() if name in state)
+
+
+def test_a_moe_base_of_other_shapes_is_refused() -> None:
+    family, values = families["mixtral"], PRESETS["mixtral-pico"].config
+    target = family.ready_target(make_config(values, vocab_size=96, positions=32))
+    wider = family.ready_target(make_config({**values, "intermediate_size": 80}, vocab_size=96, positions=32))
+    fresh = from_config(family.student_config(wider), seed=1).state_dict()
+    with pytest.raises(ModelError, match=r"leave intermediate_size out of \[target.config\]"):
+        mean_expert(from_config(target, seed=0).state_dict(), fresh, family, target)
 
 
 @pytest.fixture(scope="module")

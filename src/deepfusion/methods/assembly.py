@@ -83,11 +83,11 @@ def _grow(student: PreTrainedModel, source: str, site: Site, family: Family) -> 
         base = models.pretrained(
             source, {}, vocab_size=data.vocab_size, eos_id=data.eos_id, tokenizer_folder=data.tokenizer
         )
+        weights, fresh = base.state_dict(), student.state_dict()
         if base.config.model_type == family.model_type:
-            found = student.load_state_dict(mean_expert(base.state_dict(), family, base.config), strict=False)
-            assert not found.unexpected_keys, found.unexpected_keys
+            student.load_state_dict(mean_expert(weights, fresh, family, base.config))
             return
-        student.load_state_dict(student_state(base.state_dict(), student.state_dict(), family.width_key))
+        student.load_state_dict(student_state(weights, fresh, family.width_key))
         probe = PackedText(data.public, min(site.sequence_length, 64), derive_seed(site.seed, "probe")).batch(0, 2)
         with torch.no_grad():
             ours_BTV, theirs_BTV = (forward(model, probe).logits_BTV for model in (student, base))

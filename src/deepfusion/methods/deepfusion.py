@@ -85,7 +85,8 @@ class DeepFusion:
 
         clusters = self.find_domains(site, uploads)
         closeness_UK = document_UD @ clusters.centroid_KD.T
-        weights = exchange.domain_weights(closeness_UK, self.distillation.text)
+        reading = self.distillation
+        weights = exchange.domain_weights(closeness_UK, reading.text, reading.text_temperature)
         teachers = self.average(site, uploads, clusters, initials, weights)
         texts = self.domain_texts(site, weights, teachers)
         experts = self.distil(site, teachers, texts)
@@ -136,7 +137,8 @@ class DeepFusion:
             )  # fmt: skip
 
         digests = {upload.device_id: file_digest(upload.path) for upload in uploads}
-        read = (self.distillation.text, site.data_key) if self.proxy.average == "soup" else ()
+        options = self.distillation
+        read = (options.text, options.text_temperature, site.data_key) if self.proxy.average == "soup" else ()
         folder = site.keep("proxies", make, self.proxy, digests, clusters.label_N.tolist(), *read)
         proxies = proxy.load_proxies(folder)
         return [[p for p in proxies if p.cluster == k] for k in range(clusters.num_clusters)]

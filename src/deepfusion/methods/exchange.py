@@ -39,8 +39,6 @@ EMBEDDING = "embedding"
 """Name of the embedding in an answer."""
 Weights = Sequence[np.ndarray | None]
 """For each domain the weight of every public document in its text, None where all weigh alike."""
-DOMAIN_TEMPERATURE = 0.1
-"""Public document u is drawn for domain i with probability proportional to exp(cos(e_u, c_i) / 0.1)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,9 +237,14 @@ def _with_prefix(payload: Payload, prefix: str) -> State:
     return {name.removeprefix(prefix): t for name, t in payload.arrays.items() if name.startswith(prefix)}
 
 
-def domain_weights(closeness_UK: np.ndarray, text: Literal["domain", "uniform"]) -> Weights:
-    """The public text of each domain: what is near it, or all alike (method, section 7)."""
-    return [np.exp(near_U / DOMAIN_TEMPERATURE) if text == "domain" else None for near_U in closeness_UK.T]
+def domain_weights(closeness_UK: np.ndarray, text: Literal["domain", "uniform"], temperature: float) -> Weights:
+    """The public text of each domain: what is near it, or all alike (method, section 7).
+
+    Document u is drawn for domain i with probability proportional to exp(cos(e_u, c_i) / temperature).
+    """
+    if text == "uniform":
+        return [None] * closeness_UK.shape[1]
+    return [np.exp((near_U - near_U.max()) / temperature) for near_U in closeness_UK.T]
 
 
 def judge_on_public_text(site: Site, weights: Weights, count: int) -> Judge:

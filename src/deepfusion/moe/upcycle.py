@@ -22,6 +22,7 @@ GROWS_INTO = {"llama": "mixtral", "mistral": "mixtral", "qwen2": "qwen2_moe", "q
 """Dense model types and the family whose expert their FFN can be."""
 NOT_SHAPE = ("model_type", "architectures", "dtype", "transformers_version", "torch_dtype", "_name_or_path")
 SHARED_EXPERT = ".mlp.shared_expert"
+BALANCING = ".e_score_correction_bias"
 
 
 def family_name(base: PreTrainedConfig, known: Mapping[str, Family]) -> str:
@@ -46,11 +47,7 @@ def target_values(base: PreTrainedConfig, family: Family) -> dict[str, Any]:
     values = {key: value for key, value in base.to_dict().items() if key in known}
     if base.model_type != family.model_type:
         width = int(base.intermediate_size)
-        values |= (
-            {family.width_key: width, "norm_topk_prob": True}
-            if "norm_topk_prob" in known
-            else {family.width_key: width}
-        )
+        values[family.width_key] = width
         if "shared_expert_intermediate_size" in known:
             values["shared_expert_intermediate_size"] = max(1, width // 4)
     return {**values, "model_type": family.model_type}
@@ -82,25 +79,44 @@ def student_state(base: Mapping[str, torch.Tensor], fresh: Mapping[str, torch.Te
         if ROUTER.search(name) or SHARED_EXPERT in name:
             silent = name.endswith("shared_expert.down_proj.weight")
             state[name] = torch.zeros_like(tensor) if silent else tensor
+    return _fitting(state, fresh, width)
+
+
+def mean_expert(
+    base: Mapping[str, torch.Tensor], fresh: Mapping[str, torch.Tensor], family: Family, config: PreTrainedConfig
+) -> State:
+    """The student's state out of a MoE of the family: what is shared as it is, and the mean of the routed experts.
+
+    Args:
+        fresh: state of a newly made student; its router of one expert stays as it is.
+        config: of the MoE.
+
+    Raises:
+        ModelError: a tensor of the MoE has no place in the student, or another shape there.
+    """
+    experts, mean = family.num_experts(config), State()
+    for index in range(experts):
+        for name, tensor in family.expert_of(base, index, config).items():
+            mean[name] = mean[name] + tensor / experts if name in mean else tensor / experts
+    shared: State = {}
+    for name, tensor in base.items():
+        if not (EXPERT.search(name) or ROUTER.search(name) or name.endswith(BALANCING)):
+            inner = family.student == "dense"
+            shared[name.replace(".mlp.shared_experts.", ".mlp.") if inner else name] = tensor
+    routers = {name: tensor for name, tensor in fresh.items() if ROUTER.search(name) or name.endswith(BALANCING)}
+    return _fitting({**family.join(shared, mean), **routers}, fresh, family.width_key)
+
+
+def _fitting(state: State, fresh: Mapping[str, torch.Tensor], width: str) -> State:
+    """`state`, when it has the names and shapes of `fresh`; raises ModelError otherwise."""
     odd = [name for name in sorted({*state, *fresh}) if _shape(state, name) != _shape(fresh, name)]
     if odd:
         name, cure = odd[0], "choose a base without this tensor, or take the key out of [target.config]"
         if EXPERT.search(name):
             cure = f"leave {width} out of [target.config], or give what is cut out of one student"
-        raise ModelError(
-            f"{name} is {_shape(state, name)} in the base and {_shape(fresh, name)} in the student; {cure}"
-        )
+        found, wanted = _shape(state, name), _shape(fresh, name)
+        raise ModelError(f"{name} is {found} in the base and {wanted} in the student; {cure}")
     return state
-
-
-def mean_expert(base: Mapping[str, torch.Tensor], family: Family, config: PreTrainedConfig) -> State:
-    """The student's state out of a MoE of the family: what is shared as it is, and the mean of the routed experts."""
-    experts = [family.expert_of(base, index, config) for index in range(family.num_experts(config))]
-    mean = {name: torch.stack([expert[name] for expert in experts]).mean(0) for name in experts[0]}
-    inner = (lambda name: name.replace(".mlp.shared_experts.", ".mlp.")) if family.student == "dense" else str
-    gone = (".e_score_correction_bias",)
-    shared = {inner(n): t for n, t in base.items() if not (EXPERT.search(n) or ROUTER.search(n) or n.endswith(gone))}
-    return family.join(shared, mean)
 
 
 def _shape(state: Mapping[str, torch.Tensor], name: str) -> object:

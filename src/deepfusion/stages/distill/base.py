@@ -38,6 +38,7 @@ class DistillOptions:
         align: "same" asks for teachers with the student's vocabulary; "none" compares no vocabularies and leaves the
             KL out, the teachers must still be able to read the student's token ids.
         text: public text for domain i is drawn by its closeness to the domain ("domain") or evenly ("uniform").
+        text_temperature: of that draw: exp(cosine / text_temperature); the lower, the more is read of the nearest documents.
         branch: share of the steps in which the experts of all domains learn alike, from the text and teachers of all; then each
             goes its own way, from its own domain alone (after Branch-Train-MiX, arXiv 2403.07816). With the paper's recipe
             students are apart from the start.
@@ -54,6 +55,7 @@ class DistillOptions:
     trust: Trust = "best"
     align: Literal["same", "none"] = "same"
     text: Literal["domain", "uniform"] = "domain"
+    text_temperature: float = 0.1
     branch: float = 0.8
     together: bool = True
     optimisation: Optimisation = field(default_factory=Optimisation)
@@ -69,6 +71,8 @@ class DistillOptions:
             yield f"branch = {self.branch}: not a share of the steps; choose a number from 0 to 1"
         if not 0 < self.temperature < float("inf"):
             yield f"temperature = {self.temperature}: must be finite and above 0; 1 leaves the logits as they are"
+        if not 0.01 <= self.text_temperature < float("inf"):
+            yield f"text_temperature = {self.text_temperature}: must be finite and at least 0.01; 0.1 is the default"
 
 
 class Adapter(nn.Module, ABC):

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The study's script from rows to table, on a tiny federation."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import tomli_w
+
+from deepfusion.config import parse_config
+from small_world import small_tree, write_text
+
+STUDY = Path(__file__).parents[2] / "benchmarks" / "study"
+
+
+@pytest.fixture
+def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(STUDY))
+    spec = importlib.util.spec_from_file_location("study", STUDY / "study.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "study", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_row_is_a_valid_change_of_the_benchmark(study: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPFUSION_DATA", "/data")
+    rows = study.read_rows([0, 1], [])
+    assert [row.name for row in rows[:2]] == ["main", "main"], "the others start from the mains' folders"
+    assert len({(row.slug, row.seed) for row in rows}) == len(rows)
+    configs = [parse_config(row.config(study.CONFIG)) for row in rows]
+    assert {config.seed for config in configs} == {0, 1}
+    main, *others = (config for config, row in zip(configs, rows, strict=True) if row.seed == 0)
+    assert all((other.method, other.devices) != (main.method, main.devices) for other in others)
+
+
+@pytest.mark.slow
+def test_rows_are_measured_once_and_compared_with_main(
+    study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_text(tmp_path / "text")
+    config = tmp_path / "small.toml"
+    config.write_text(tomli_w.dumps(small_tree(tmp_path / "text")))
+    monkeypatch.setattr(study, "CONFIG", config)
+    arguments = [
+        "study.py", "--seeds", "0", "--rows", "main", "no KL", "--out", str(tmp_path / "runs"),
+        "--results", str(tmp_path / "results"), "--jobs", "1",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", arguments)
+    study.main()
+    main, without = (
+        json.loads((tmp_path / "results" / f"{name}-seed-0.json").read_text()) for name in ("main", "no-kl")
+    )
+    uploads = [tmp_path / "runs" / "seed-0" / row / "uploads" / "device-000.safetensors" for row in ("main", "no-kl")]
+    assert uploads[0].samefile(uploads[1]), "devices are trained once"
+    assert main["documents"]["moe"] != without["documents"]["moe"]
+    tokens = sum(tokens for _, tokens in main["documents"]["moe"])
+    nats = sum(nll for nll, _ in main["documents"]["moe"]) / tokens
+    assert nats == pytest.approx(main["metrics"]["log_perplexity"], abs=1e-3)
+    table = capsys.readouterr().out
+    assert "| main | 1 |" in table
+    assert "*public text only*" in table
+    row = next(line for line in table.splitlines() if line.startswith("| no KL"))
+    difference = without["metrics"]["log_perplexity"] - main["metrics"]["log_perplexity"]
+    assert f"{difference:+.3f}" in row
+
+    study.main()
+    assert "no KL, seed 0:" not in capsys.readouterr().out, "what is measured is not measured again"
