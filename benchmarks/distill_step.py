@@ -24,9 +24,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, PreTrainedModel, Qwen2MoeConfig
 from transformers.pytorch_utils import Conv1D
 
-from deepfusion.devices.features import Outputs, forward
+from deepfusion.devices.features import Reading, forward, read
 from deepfusion.devices.models import from_config
-from deepfusion.losses import TeacherLogits, next_token_losses
+from deepfusion.losses import TeacherScores, next_token_losses
 from deepfusion.moe import families
 from deepfusion.moe.single import compute_as_mlp
 from deepfusion.stages.distill import DistillOptions, Vaa
@@ -128,33 +128,37 @@ def main() -> None:
     adapter = Vaa().attach(student.config, teacher.config, sequence_length=options.length, seed=0)
     plain, matched = Teacher(teacher, 1.0, None), Teacher(teacher, 1.0, adapter)
 
-    def read(of: Teacher) -> Outputs:
+    def heard(of: Teacher) -> Reading:
         with torch.no_grad():
-            return forward(teacher, batch, taps=of.adapter.teacher_taps if of.adapter else ())
+            return read(teacher, batch, taps=of.adapter.teacher_taps if of.adapter else ())
 
     def ours(of: Teacher, trust: Any) -> None:
         settings = DistillOptions(trust=trust, alpha=1.0 if of.adapter else 0.0)
-        (losses,) = domain_losses(student, [[of]], [[read(of)]], [batch], settings)
+        (losses,) = domain_losses(student, [[of]], [[heard(of)]], [batch], settings)
         losses["loss"].backward()
 
     def cross_entropy_only() -> None:
-        next_token_losses(forward(student, batch).logits_BTV, [], batch, 1.0)[0].backward()
+        next_token_losses(read(student, batch).scores, [], batch, 1.0)[0].backward()
 
     def fused_loss_only() -> None:
-        predictions = [TeacherLogits(read(plain).logits_BTV, 1.0, batch.valid_BT)]
-        next_token_losses(forward(student, batch).logits_BTV, predictions, batch, 1.0)[0].backward()
+        predictions = [TeacherScores(heard(plain).scores, 1.0, batch.valid_BT)]
+        next_token_losses(read(student, batch).scores, predictions, batch, 1.0)[0].backward()
+
+    def whole_teacher() -> torch.Tensor:
+        with torch.no_grad():
+            return forward(teacher, batch).logits_BTV
 
     def naive() -> None:
-        teacher_BTV, student_BTV = read(plain).logits_BTV, forward(student, batch).logits_BTV
+        teacher_BTV, student_BTV = whole_teacher(), forward(student, batch).logits_BTV
         ce = nn.functional.cross_entropy(student_BTV[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
         target_RV, guess_RV = teacher_BTV.flatten(0, 1), student_BTV.flatten(0, 1)
         kl = kl_div(log_softmax(guess_RV, -1), log_softmax(target_RV, -1), log_target=True, reduction="batchmean")
         (ce + kl).backward()
 
     of_student = products(lambda: forward(student, batch), [student])
-    of_teacher = products(lambda: read(plain), [teacher])
+    of_teacher = products(whole_teacher, [teacher])
     hidden = forward(student, batch, taps=adapter.student_taps).taps
-    target = read(matched).taps
+    target = heard(matched).taps
     of_adapter = products(lambda: adapter(hidden, target, every_BT, every_BT), [adapter])
     # the MLP of the expert is not a module of linear maps: gate and up, then down
     tokens = options.rows * options.length
@@ -188,7 +192,7 @@ def main() -> None:
     else:
 
         def gkd() -> None:
-            loss = GKDTrainer.generalized_jsd_loss(forward(student, batch).logits_BTV, read(plain).logits_BTV, beta=0.0)
+            loss = GKDTrainer.generalized_jsd_loss(forward(student, batch).logits_BTV, whole_teacher(), beta=0.0)
             loss.backward()
 
         ways["TRL GKD, beta 0 (no CE)"] = (gkd, "limit: CE + KL")

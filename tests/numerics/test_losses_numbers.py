@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy, log_softmax
 
 from deepfusion import losses
-from deepfusion.losses import TeacherLogits, balance_loss, listen, next_token_losses
+from deepfusion.losses import Scores, TeacherScores, TokenLosses, balance_loss, listen, next_token_losses
 from deepfusion.types import Batch
 
 B, T, V = 3, 7, 11
@@ -30,8 +30,20 @@ def logits(seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(B, T, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype) * 2
 
 
+def teacher_of(
+    logits_BTV: torch.Tensor, weight: float, matched_BT: torch.Tensor, trusted_B: torch.Tensor | None = None
+) -> TeacherScores:
+    return TeacherScores(Scores(logits_BTV), weight, matched_BT, trusted_B)
+
+
+def loss_of(
+    student_BTV: torch.Tensor, teachers: list[TeacherScores], batch: Batch, tau: float
+) -> tuple[torch.Tensor, TokenLosses]:
+    return next_token_losses(Scores(student_BTV), teachers, batch, tau)
+
+
 def plain_formula(
-    student_BTV: torch.Tensor, teachers: list[TeacherLogits], batch: Batch, tau: float
+    student_BTV: torch.Tensor, teachers: list[TeacherScores], batch: Batch, tau: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Equations (2) and (10) written out, position by position."""
     counted_BT = batch.counted_BT[:, 1:] & batch.valid_BT[:, 1:]
@@ -39,7 +51,7 @@ def plain_formula(
     ce = cross_entropy(student_RV, target_R) if len(target_R) else student_BTV.sum() * 0
     kl = student_BTV.sum() * 0
     for teacher in teachers:
-        p_RV = (teacher.logits_BTV / tau).softmax(-1)[teacher.matched_BT]
+        p_RV = (teacher.scores.hidden_BTH / tau).softmax(-1)[teacher.matched_BT]
         logq_RV = log_softmax(student_BTV / tau, -1)[teacher.matched_BT]
         if len(p_RV):
             kl = kl + teacher.weight * tau**2 * (p_RV * (p_RV.log() - logq_RV)).sum(-1).mean()
@@ -54,9 +66,9 @@ def test_value_and_gradient_agree_with_the_plain_formula(
 ) -> None:
     monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", 4 * V)  # four positions a chunk
     batch = batch_of(padded=padded)
-    teachers = [TeacherLogits(logits(10 + i), w, batch.valid_BT) for i, w in enumerate(weights)]
+    teachers = [teacher_of(logits(10 + i), w, batch.valid_BT) for i, w in enumerate(weights)]
     student = logits(1).requires_grad_()
-    loss, parts = next_token_losses(student, teachers, batch, tau)
+    loss, parts = loss_of(student, teachers, batch, tau)
     (gradient,) = torch.autograd.grad(loss, student)
     ce, kl = plain_formula(student, teachers, batch, tau)
     (expected,) = torch.autograd.grad(ce + kl, student)
@@ -69,20 +81,20 @@ def test_value_and_gradient_agree_with_the_plain_formula(
 
 def test_gradient_agrees_with_finite_differences_in_double_precision() -> None:
     batch = batch_of()
-    teachers = [TeacherLogits(logits(5), 0.4, batch.valid_BT), TeacherLogits(logits(6), 0.9, batch.valid_BT)]
+    teachers = [teacher_of(logits(5), 0.4, batch.valid_BT), teacher_of(logits(6), 0.9, batch.valid_BT)]
     student, step = logits(2), 1e-6
-    loss, _ = next_token_losses(student.requires_grad_(), teachers, batch, 1.7)
+    loss, _ = loss_of(student.requires_grad_(), teachers, batch, 1.7)
     (gradient,) = torch.autograd.grad(loss, student)
     for index in range(0, student.numel(), 7):
         nudge = torch.zeros_like(student).view(-1).index_fill_(0, torch.tensor([index]), step).view_as(student)
         with torch.no_grad():
-            up, down = (next_token_losses(student + sign * nudge, teachers, batch, 1.7)[0] for sign in (1, -1))
+            up, down = (loss_of(student + sign * nudge, teachers, batch, 1.7)[0] for sign in (1, -1))
         assert float(up - down) / (2 * step) == pytest.approx(float(gradient.view(-1)[index]), abs=1e-6)
 
 
 def test_the_gradient_can_be_used_only_once() -> None:
     student = logits(2).requires_grad_()
-    loss, _ = next_token_losses(student, [], batch_of(), 1.0)
+    loss, _ = loss_of(student, [], batch_of(), 1.0)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="used up by an earlier backward pass"):
         loss.backward()
@@ -93,7 +105,7 @@ def test_chunk_size_does_not_change_the_gradient(monkeypatch: pytest.MonkeyPatch
     gradients = []
     for rows in (1, 3, 1000):
         monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", rows * V)
-        loss, _ = next_token_losses(student, [TeacherLogits(logits(9), 1.0, batch.valid_BT)], batch, 1.0)
+        loss, _ = loss_of(student, [teacher_of(logits(9), 1.0, batch.valid_BT)], batch, 1.0)
         gradients.append(torch.autograd.grad(loss, student)[0])
     assert torch.equal(gradients[0], gradients[1])
     assert torch.equal(gradients[0], gradients[2])
@@ -101,7 +113,7 @@ def test_chunk_size_does_not_change_the_gradient(monkeypatch: pytest.MonkeyPatch
 
 def test_no_counted_token_gives_zero_loss_and_zero_gradient() -> None:
     student = logits(3).requires_grad_()
-    loss, parts = next_token_losses(student, [], batch_of(counted=False), 1.0)
+    loss, parts = loss_of(student, [], batch_of(counted=False), 1.0)
     (gradient,) = torch.autograd.grad(loss, student)
     assert float(loss.detach()) == 0
     assert float(parts.cross_entropy) == 0
@@ -110,21 +122,21 @@ def test_no_counted_token_gives_zero_loss_and_zero_gradient() -> None:
 
 def test_a_teacher_that_matches_nowhere_changes_nothing() -> None:
     batch, student = batch_of(), logits(3).requires_grad_()
-    silent = TeacherLogits(logits(4), 1.0, torch.zeros(B, T, dtype=torch.bool))
-    with_teacher = torch.autograd.grad(next_token_losses(student, [silent], batch, 1.0)[0], student)[0]
-    alone = torch.autograd.grad(next_token_losses(student, [], batch, 1.0)[0], student)[0]
+    silent = teacher_of(logits(4), 1.0, torch.zeros(B, T, dtype=torch.bool))
+    with_teacher = torch.autograd.grad(loss_of(student, [silent], batch, 1.0)[0], student)[0]
+    alone = torch.autograd.grad(loss_of(student, [], batch, 1.0)[0], student)[0]
     assert torch.equal(with_teacher, alone)
 
 
 def test_rows_without_trust_count_as_zeros_in_the_mean() -> None:
     batch, student = batch_of(), logits(3).requires_grad_()
     trusted_B = torch.tensor([True, False, True])
-    teacher = TeacherLogits(logits(4), 0.7, batch.valid_BT, trusted_B)
-    loss, _ = next_token_losses(student, [teacher], batch, 1.0)
+    teacher = teacher_of(logits(4), 0.7, batch.valid_BT, trusted_B)
+    loss, _ = loss_of(student, [teacher], batch, 1.0)
     (gradient,) = torch.autograd.grad(loss, student)
     heard_BT = batch.valid_BT & trusted_B[:, None]
     share = int(heard_BT.sum()) / int(batch.valid_BT.sum())
-    ce, kl = plain_formula(student, [TeacherLogits(logits(4), 0.7 * share, heard_BT)], batch, 1.0)
+    ce, kl = plain_formula(student, [teacher_of(logits(4), 0.7 * share, heard_BT)], batch, 1.0)
     torch.testing.assert_close(loss, ce + kl, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(gradient, torch.autograd.grad(ce + kl, student)[0], rtol=1e-8, atol=1e-12)
 
@@ -132,7 +144,7 @@ def test_rows_without_trust_count_as_zeros_in_the_mean() -> None:
 def rows_heard(
     teachers: list[torch.Tensor], student: torch.Tensor, batch: Batch, trust: losses.Trust
 ) -> list[list[bool]]:
-    heard = listen([TeacherLogits(t, 0.5, batch.valid_BT) for t in teachers], student, batch, trust)
+    heard = listen([teacher_of(t, 0.5, batch.valid_BT) for t in teachers], Scores(student), batch, trust)
     return [teacher.trusted_B.tolist() for teacher in heard if teacher.trusted_B is not None]
 
 
@@ -156,22 +168,64 @@ def test_best_listens_on_each_row_to_one_teacher_with_the_weight_of_all() -> Non
     student = right_BTV * torch.tensor([1.0, 1.0, 9.0])[:, None, None]
     first = right_BTV * torch.tensor([2.0, 3.0, 8.0])[:, None, None]
     second = right_BTV * torch.tensor([3.0, 2.0, 7.0])[:, None, None]
-    teachers = [TeacherLogits(first, 0.2, every_BT), TeacherLogits(second, 0.5, every_BT)]
-    for trust, rows in (("best", [True, True, False]), ("always", None)):
-        (heard,) = listen(teachers, student, batch, trust)  # type: ignore[arg-type]
-        assert torch.equal(heard.logits_BTV, torch.stack([second[0], first[1], first[2]]))
-        assert heard.weight == 0.7
-        assert (None if heard.trusted_B is None else heard.trusted_B.tolist()) == rows, "where the student is ahead"
-    one = [TeacherLogits(first, 0.2, every_BT)]
+    teachers = [teacher_of(first, 0.2, every_BT), teacher_of(second, 0.5, every_BT)]
+    best = {"best": [[False, True, False], [True, False, False]], "always": [[False, True, True], [True, False, False]]}
+    for trust, rows in best.items():
+        heard = listen(teachers, Scores(student), batch, trust)  # type: ignore[arg-type]
+        assert [t.trusted_B.tolist() for t in heard if t.trusted_B is not None] == rows, (
+            "also where the student is ahead"
+        )
+        assert [t.weight for t in heard] == [0.7, 0.7]
+        chosen = torch.stack([second[0], first[1], first[2]])
+        counts_B = torch.tensor(rows).any(0)
+        loss, parts = loss_of(student, heard, batch, 1.0)
+        expected, of_chosen = loss_of(student, [teacher_of(chosen, 0.7, every_BT, counts_B)], batch, 1.0)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(parts.divergence, of_chosen.divergence)
+    one = [teacher_of(first, 0.2, every_BT)]
     losses_of = [
-        next_token_losses(student, listen(one, student, batch, trust), batch, 1.0)[0] for trust in ("all", "always")
+        loss_of(student, listen(one, Scores(student), batch, trust), batch, 1.0)[0] for trust in ("all", "always")
     ]
     torch.testing.assert_close(*losses_of)
 
 
+@pytest.mark.parametrize("trust", ["all", "better", "best", "always"])
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+@pytest.mark.parametrize("bias", [False, True])
+def test_scores_made_a_piece_at_a_time_give_the_loss_and_gradients_of_whole_logits(
+    trust: losses.Trust, tau: float, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", 4 * V)
+    batch, generator = batch_of(3), torch.Generator().manual_seed(5)
+
+    def scores(width: int) -> Scores:
+        numbers = torch.randn((B * T + V + 1) * width + V, generator=generator, dtype=torch.float64)
+        hidden, weight = (
+            numbers[: B * T * width].view(B, T, width),
+            numbers[B * T * width :][: V * width].view(V, width),
+        )
+        return Scores(hidden, weight, numbers[-V:].clone() if bias else None)
+
+    student, *teachers = (scores(width) for width in (5, 4, 6))
+    leaves = [part.clone().requires_grad_() for part in student if part is not None]
+
+    def whole(made: Scores) -> Scores:
+        return Scores(made.logits(slice(None)))
+
+    def run(ours: Scores, theirs: list[Scores]) -> list[torch.Tensor]:
+        told = [TeacherScores(one, 0.4, batch.valid_BT) for one in theirs]
+        loss, parts = next_token_losses(ours, listen(told, ours, batch, trust), batch, tau)
+        return [loss, parts.divergence, *torch.autograd.grad(loss, leaves)]
+
+    pieces = run(Scores(*leaves), teachers)
+    assert pieces[1] > 0
+    for found, expected in zip(pieces, run(whole(Scores(*leaves)), [whole(t) for t in teachers]), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
 def test_identical_teacher_and_student_give_zero_divergence_and_zero_gradient() -> None:
     batch, student = batch_of(counted=False), logits(3, torch.float32).requires_grad_()
-    loss, parts = next_token_losses(student, [TeacherLogits(student.detach(), 1.0, batch.valid_BT)], batch, 2.0)
+    loss, parts = loss_of(student, [teacher_of(student.detach(), 1.0, batch.valid_BT)], batch, 2.0)
     (gradient,) = torch.autograd.grad(loss, student)
     assert float(parts.divergence) == 0
     assert float(gradient.abs().max()) < 1e-7
@@ -181,8 +235,8 @@ def test_a_constant_on_all_teacher_logits_changes_nothing() -> None:
     batch, student = batch_of(), logits(3, torch.float32).requires_grad_()
 
     def gradient(offset: float) -> torch.Tensor:
-        teacher = TeacherLogits(logits(8, torch.float32) + offset, 1.0, batch.valid_BT)
-        return torch.autograd.grad(next_token_losses(student, [teacher], batch, 1.0)[0], student)[0]
+        teacher = teacher_of(logits(8, torch.float32) + offset, 1.0, batch.valid_BT)
+        return torch.autograd.grad(loss_of(student, [teacher], batch, 1.0)[0], student)[0]
 
     torch.testing.assert_close(gradient(100.0), gradient(0.0), rtol=1e-4, atol=1e-6)
 
@@ -191,8 +245,8 @@ def test_a_constant_on_all_teacher_logits_changes_nothing() -> None:
 @settings(max_examples=40, deadline=None)
 def test_divergence_is_never_negative(seed: int, tau: float, scale: float) -> None:
     batch = batch_of(seed)
-    teacher = TeacherLogits(logits(seed, torch.float32) * scale, 1.0, batch.valid_BT)
-    _, parts = next_token_losses(logits(seed + 1, torch.float32), [teacher], batch, tau)
+    teacher = teacher_of(logits(seed, torch.float32) * scale, 1.0, batch.valid_BT)
+    _, parts = loss_of(logits(seed + 1, torch.float32), [teacher], batch, tau)
     assert float(parts.divergence) >= 0
 
 
@@ -203,15 +257,15 @@ def test_what_padding_holds_never_changes_the_loss_or_the_gradient() -> None:
     dirty = Batch(torch.where(clean.valid_BT, clean.input_ids_BT, 7), clean.counted_BT, clean.valid_BT)
 
     def run(batch: Batch, extra: torch.Tensor | float) -> torch.Tensor:
-        teacher = TeacherLogits(logits(2) + extra, 1.0, batch.valid_BT)
-        return torch.autograd.grad(next_token_losses(student + extra, [teacher], batch, 1.0)[0], student)[0]
+        teacher = teacher_of(logits(2) + extra, 1.0, batch.valid_BT)
+        return torch.autograd.grad(loss_of(student + extra, [teacher], batch, 1.0)[0], student)[0]
 
     assert torch.equal(run(clean, 0.0), run(dirty, noise))
 
 
 def test_half_precision_logits_get_their_gradient_in_their_own_type() -> None:
     batch, student = batch_of(), logits(1, torch.bfloat16).requires_grad_()
-    loss, _ = next_token_losses(student, [TeacherLogits(logits(2, torch.bfloat16), 1.0, batch.valid_BT)], batch, 1.0)
+    loss, _ = loss_of(student, [teacher_of(logits(2, torch.bfloat16), 1.0, batch.valid_BT)], batch, 1.0)
     (gradient,) = torch.autograd.grad(loss, student)
     assert loss.dtype == torch.float32
     assert gradient.dtype == torch.bfloat16

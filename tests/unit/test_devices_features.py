@@ -7,8 +7,9 @@ import pytest
 import torch
 from devices_world import DENSE, SPARSE, batch_of
 
-from deepfusion.devices.features import blocks, forward
-from deepfusion.devices.models import config_of, from_config
+from deepfusion.devices import features
+from deepfusion.devices.features import blocks, forward, read
+from deepfusion.devices.models import config_of, from_config, make_config
 from deepfusion.errors import ModelError
 from deepfusion.types import Batch, ModelSpec
 
@@ -28,6 +29,32 @@ def test_taps_are_what_transformers_calls_hidden_states_but_before_the_final_nor
     assert torch.equal(outputs.taps[1], expected.hidden_states[1])
     assert outputs.taps[0].shape == expected.hidden_states[2].shape
     assert not torch.allclose(outputs.taps[0], expected.hidden_states[2])  # that one is after the norm
+
+
+@pytest.mark.parametrize("preset", DENSE + SPARSE)
+def test_scores_that_are_not_made_yet_are_the_logits(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = pico(preset), batch_of(2, 12, 64, padded=4)
+    whole = forward(model, batch, taps=(1,))
+    held = read(model, batch, taps=(1,))
+    assert torch.equal(held.scores.hidden_BTH, whole.logits_BTV)
+    monkeypatch.setattr(features, "LOGITS_HELD", 1)
+    reading = read(model, batch, taps=(1,))
+    assert reading.scores.weight_VH is model.get_output_embeddings().weight
+    torch.testing.assert_close(reading.scores.logits(slice(None)), whole.logits_BTV)
+    assert torch.equal(reading.taps[0], whole.taps[0])
+
+
+def test_a_model_that_scales_its_logits_gives_them_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "LOGITS_HELD", 1)
+    values = {
+        "model_type": "granite", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "intermediate_size": 48, "logits_scaling": 4.0,
+    }  # fmt: skip
+    model, batch = from_config(make_config(values, vocab_size=64, positions=32), 0), batch_of(2, 12, 64)
+    for _ in range(2):
+        reading = read(model, batch)
+        assert reading.scores.weight_VH is None
+        assert torch.equal(reading.scores.hidden_BTH, forward(model, batch).logits_BTV)
 
 
 @pytest.mark.parametrize("preset", DENSE + SPARSE)

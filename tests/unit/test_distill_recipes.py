@@ -15,10 +15,11 @@ import torch
 from distill_world import Rows, T, V, World, config, file_bytes, make_world, write_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from deepfusion.devices.features import forward
+from deepfusion.devices import features
+from deepfusion.devices.features import forward, read
 from deepfusion.devices.models import from_config, load, save
 from deepfusion.errors import ModelError
-from deepfusion.losses import next_token_losses
+from deepfusion.losses import Scores, next_token_losses
 from deepfusion.moe import families
 from deepfusion.moe.single import compute_as_mlp
 from deepfusion.stages import merge, router
@@ -110,6 +111,18 @@ def test_joint_students_merge_exactly(model_type: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
+def test_logits_made_a_piece_at_a_time_teach_the_same(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make_world(tmp_path / "world", model_type)
+    whole = run(world, tmp_path / "whole", padded=True)
+    monkeypatch.setattr(features, "LOGITS_HELD", 1)
+    pieces = run(world, tmp_path / "pieces", padded=True)
+    for row, other in zip(whole["joint"], pieces["joint"], strict=True):
+        assert other == pytest.approx(row, rel=2e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_reading_together_is_reading_one_after_the_other(model_type: str, tmp_path: Path) -> None:
     world = make_world(tmp_path, model_type, domains=2)
     at_once, in_turn = (run(world, tmp_path / str(together), steps=3, together=together) for together in (True, False))
@@ -135,7 +148,7 @@ def plain_language_model(world: World, steps: int, optimisation: Optimisation) -
 
     def backward(step: int) -> dict[str, float]:
         batch = Rows(0).batch(step, optimisation.batch_size)
-        loss, _ = next_token_losses(forward(model, batch).logits_BTV, [], batch, 1.0)
+        loss, _ = next_token_losses(read(model, batch).scores, [], batch, 1.0)
         loss.backward()
         return {}
 
@@ -174,7 +187,7 @@ def losses_of(
 ) -> dict[str, torch.Tensor]:
     """Eq. (11) of one domain."""
     with torch.no_grad():
-        reads = [forward(t.model, batch, taps=t.adapter.teacher_taps if t.adapter else ()) for t in teachers]
+        reads = [read(t.model, batch, taps=t.adapter.teacher_taps if t.adapter else ()) for t in teachers]
     (losses,) = domain_losses(student, [teachers], [reads], [batch], options)
     return losses
 
@@ -309,9 +322,12 @@ def test_a_teacher_with_another_vocabulary_is_refused_by_name(world: World, tmp_
 def test_an_alignment_brings_teacher_logits_to_the_student() -> None:
     batch = Rows(0).batch(0, 2)
     logits_BTV = torch.arange(2 * 3 * 4, dtype=torch.float32).view(2, 3, 4)
-    assert torch.equal(same_tokens(batch).on_student(logits_BTV), logits_BTV)
+    assert torch.equal(same_tokens(batch).on_student(Scores(logits_BTV)).hidden_BTH, logits_BTV)
     position_BT = torch.tensor([[2, 0], [1, 1]])
-    moved = Alignment(batch, batch.valid_BT, position_BT, torch.tensor([3, 0, 1])).on_student(logits_BTV)
+    alignment = Alignment(batch, batch.valid_BT, position_BT, torch.tensor([3, 0, 1]))
+    moved = alignment.on_student(Scores(logits_BTV)).hidden_BTH
+    made = alignment.on_student(Scores(logits_BTV, torch.eye(4), torch.zeros(4)))
+    torch.testing.assert_close(made.logits(slice(None)), moved)
     for b in range(2):
         for t in range(2):
             assert torch.equal(moved[b, t], logits_BTV[b, position_BT[b, t]][[3, 0, 1]])

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from deepfusion.devices.features import forward
+from deepfusion.devices.features import read
 from deepfusion.devices.models import from_config, load, save
 from deepfusion.moe import families
 from deepfusion.moe.base import expert_parameters
@@ -172,7 +172,7 @@ def test_what_padding_holds_never_changes_any_part_of_the_loss(model_type: str, 
     for filler in (0, V - 1):
         batch = Batch(torch.where(valid_BT, clean.input_ids_BT, filler), clean.counted_BT, valid_BT)
         mine = list(zip(world.teachers, split_rows(batch, counts), strict=True))
-        reads = [[(forward(load(p.folder), rows), p.weight) for p in proxies] for proxies, rows in mine]
+        reads = [[(read(load(p.folder), rows), p.weight) for p in proxies] for proxies, rows in mine]
         parts.append(tuning_losses(model, reads, batch, counts, families[model_type], TuneOptions()))
     for key, value in parts[0].items():
         torch.testing.assert_close(value, parts[1][key], rtol=1e-6, atol=0)

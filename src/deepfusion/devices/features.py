@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One forward pass of any causal LM: its logits, and the residual stream after chosen blocks."""
+"""One forward pass of any causal LM: its next-token scores, and the residual stream after chosen blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -13,7 +15,13 @@ from torch.func import functional_call
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from deepfusion.errors import ModelError
+from deepfusion.losses import Scores
 from deepfusion.types import Batch
+
+LOGITS_HELD = 1 << 22
+"""A batch's logits are held when there are no more than this; above, `read` leaves them to be made a piece at a time."""
+HEAD_TOLERANCE = 1e-4
+"""Largest difference between a model's logits and its last hidden state times its output matrix, by the largest logit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +34,19 @@ class Outputs:
     """
 
     logits_BTV: torch.Tensor
+    taps: tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What a model makes of a batch.
+
+    Attributes:
+        scores: for the next tokens; made when they are looked at, where the batch's logits would be many.
+        taps: hidden_BTH after each block that was asked for, before the model's final norm.
+    """
+
+    scores: Scores
     taps: tuple[torch.Tensor, ...]
 
 
@@ -64,6 +85,51 @@ def forward(
         The logits, and one hidden_BTH for each of `taps`. Hidden states come from hooks on the blocks, because
         transformers' `hidden_states[-1]` is taken after the final norm.
     """
+
+    def call(inputs: dict[str, Any]) -> Any:
+        return model(**inputs) if parameters is None else functional_call(model, dict(parameters), (), inputs)
+
+    result, tapped = _run(model, call, batch, taps)
+    return Outputs(result.logits, tapped)
+
+
+def read(model: PreTrainedModel, batch: Batch, *, taps: Sequence[int] = ()) -> Reading:
+    """`forward` for losses that can do without all logits at once: memory that does not grow with the vocabulary.
+
+    Models whose logits are more than a product (scaled or capped ones) are found out at their first batch and give logits.
+    """
+    if batch.input_ids_BT.numel() * int(model.config.vocab_size) <= LOGITS_HELD or not _has_plain_head(model, batch):
+        outputs = forward(model, batch, taps=taps)
+        return Reading(Scores(outputs.logits_BTV), outputs.taps)
+    result, tapped = _run(model, lambda inputs: model.base_model(**inputs), batch, taps)
+    head: Any = model.get_output_embeddings()
+    return Reading(Scores(result.last_hidden_state, head.weight, head.bias), tapped)
+
+
+_plain_heads: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _has_plain_head(model: PreTrainedModel, batch: Batch) -> bool:
+    """Whether logits = last hidden state times output matrix; tried on the batch's last position, once for a model."""
+    if model not in _plain_heads:
+        head, training = model.get_output_embeddings(), model.training
+        if not isinstance(head, nn.Linear) or "logits_to_keep" not in inspect.signature(model.forward).parameters:
+            _plain_heads[model] = False
+            return False
+        model.eval()  # dropout would make a difference
+        whole, _ = _run(model, lambda inputs: model(**inputs, logits_to_keep=1), batch, ())
+        part, _ = _run(model, lambda inputs: model.base_model(**inputs), batch, ())
+        model.train(training)
+        gap_BV = whole.logits[:, -1].float() - head(part.last_hidden_state[:, -1]).float()
+        _plain_heads[model] = bool(gap_BV.abs().max() <= HEAD_TOLERANCE * whole.logits.float().abs().max())
+    return _plain_heads[model]
+
+
+def _run(
+    model: PreTrainedModel, call: Callable[[dict[str, Any]], Any], batch: Batch, taps: Sequence[int]
+) -> tuple[Any, tuple[torch.Tensor, ...]]:
+    """What `call` gives for the batch, and the outputs of the tapped blocks."""
     seen: dict[int, torch.Tensor] = {}
 
     def keep(number: int) -> Any:
@@ -75,14 +141,10 @@ def forward(
     layers = blocks(model) if taps else ()
     handles = [layers[number - 1].register_forward_hook(keep(number)) for number in sorted(set(taps))]
     padded = not bool(batch.valid_BT.all())
-    inputs = {
-        "input_ids": batch.input_ids_BT,
-        "attention_mask": batch.valid_BT.long() if padded else None,
-        "use_cache": False,
-    }
+    mask = batch.valid_BT.long() if padded else None
     try:
-        result = model(**inputs) if parameters is None else functional_call(model, dict(parameters), (), inputs)
+        result = call({"input_ids": batch.input_ids_BT, "attention_mask": mask, "use_cache": False})
     finally:
         for handle in handles:
             handle.remove()
-    return Outputs(result.logits, tuple(seen[number] for number in taps))
+    return result, tuple(seen[number] for number in taps)

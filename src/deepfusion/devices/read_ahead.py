@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from deepfusion.devices.features import Outputs, forward
+from deepfusion.devices.features import Reading, read
 from deepfusion.training import Precision, accelerator
 from deepfusion.types import Text
 
-LOGITS_HELD = 1 << 22
-"""Logits of one model that are kept for the rows to come; at a large vocabulary that is the rows of one step."""
+ROWS_AHEAD = 16
+"""Rows that a model reads at once: enough for products of a good size."""
 
 
 class ReadAhead:
@@ -30,38 +30,38 @@ class ReadAhead:
         self, models: Sequence[tuple[PreTrainedModel, Sequence[int]]], text: Text, rows: int, precision: Precision
     ) -> None:
         self._models, self._text, self._compute = models, text, accelerator(precision)
-        vocabulary = max((int(model.config.vocab_size) for model, _ in models), default=1)
-        self._rows = rows * max(1, min(16 // rows, LOGITS_HELD // (rows * text.sequence_length * vocabulary)))
-        self._block, self._read = -1, list[Outputs]()
+        self._rows = rows * max(1, ROWS_AHEAD // rows)
+        self._block, self._read = -1, list[Reading]()
 
-    def __call__(self, begin: int, end: int) -> list[Outputs]:
-        """Each model's outputs on rows `begin` .. `end - 1` of the text, without gradient."""
+    def __call__(self, begin: int, end: int) -> list[Reading]:
+        """What each model makes of rows `begin` .. `end - 1` of the text, without gradient."""
         if not self._models:
             return []
-        parts: list[list[Outputs]] = []
+        parts: list[list[Reading]] = []
         while begin < end:
             block = begin // self._rows
             stop = min(end, (block + 1) * self._rows)
             rows = slice(begin - block * self._rows, stop - block * self._rows)
-            parts.append([_rows_of(outputs, rows) for outputs in self._outputs(block)])
+            parts.append([_rows_of(reading, rows) for reading in self._readings(block)])
             begin = stop
         return [_joined(pieces) for pieces in zip(*parts, strict=True)]
 
-    def _outputs(self, block: int) -> list[Outputs]:
+    def _readings(self, block: int) -> list[Reading]:
         if block != self._block:
             batch = self._text.batch(block, self._rows).to(self._compute.device)
             with torch.no_grad(), self._compute.autocast():
-                self._read = [forward(model, batch, taps=taps) for model, taps in self._models]
+                self._read = [read(model, batch, taps=taps) for model, taps in self._models]
             self._block = block
         return self._read
 
 
-def _rows_of(outputs: Outputs, rows: slice) -> Outputs:
-    return Outputs(outputs.logits_BTV[rows], tuple(tap_BTH[rows] for tap_BTH in outputs.taps))
+def _rows_of(reading: Reading, rows: slice) -> Reading:
+    return Reading(reading.scores.rows(rows), tuple(tap_BTH[rows] for tap_BTH in reading.taps))
 
 
-def _joined(pieces: Sequence[Outputs]) -> Outputs:
+def _joined(pieces: Sequence[Reading]) -> Reading:
     if len(pieces) == 1:
         return pieces[0]
+    hidden_BTH = torch.cat([piece.scores.hidden_BTH for piece in pieces])
     taps = zip(*(piece.taps for piece in pieces), strict=True)
-    return Outputs(torch.cat([piece.logits_BTV for piece in pieces]), tuple(torch.cat(tap) for tap in taps))
+    return Reading(pieces[0].scores._replace(hidden_BTH=hidden_BTH), tuple(torch.cat(tap) for tap in taps))

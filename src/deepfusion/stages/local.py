@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from deepfusion.data.packing import PackedText
 from deepfusion.devices.features import forward
-from deepfusion.losses import next_token_losses
+from deepfusion.losses import Scores, next_token_losses
 from deepfusion.training import Checkpoint, Optimisation, accelerator, fit
 from deepfusion.types import Corpus, Progress, silent
 
@@ -51,7 +51,7 @@ def train_causal_lm(
             batch = text.batch(step * optimisation.accumulate + part, micro).to(compute.device)
             with compute.autocast():
                 logits_BTV = forward(model, batch).logits_BTV
-            loss, _ = next_token_losses(logits_BTV, [], batch, temperature=1.0)
+            loss, _ = next_token_losses(Scores(logits_BTV), [], batch, temperature=1.0)
             compute.backward(loss / optimisation.accumulate)
             loss_sum += float(loss.detach())
             del logits_BTV, loss  # or they would live on beside the next step's

@@ -18,10 +18,10 @@ import torch
 from transformers import PreTrainedModel
 
 from deepfusion.artifacts import write_atomic
-from deepfusion.devices.features import Outputs, forward
+from deepfusion.devices.features import Reading, read
 from deepfusion.devices.models import load, save
 from deepfusion.devices.read_ahead import ReadAhead
-from deepfusion.losses import TeacherLogits, Trust, balance_loss, listen, next_token_losses
+from deepfusion.losses import TeacherScores, Trust, balance_loss, listen, next_token_losses
 from deepfusion.moe import Family
 from deepfusion.moe.base import expert_parameters, router_logits
 from deepfusion.training import Checkpoint, Optimisation, accelerator, derive_seed, fit, to_device
@@ -147,8 +147,8 @@ def _step(
         for part in range(parts):
             batch, rows = domain_rows([text for text, _, _ in domains], step * parts + part, size)
             reads = [
-                list(zip(read(mine.start, mine.stop), weights, strict=True)) if mine else []
-                for mine, (_, read, weights) in zip(rows, domains, strict=True)
+                list(zip(ahead(mine.start, mine.stop), weights, strict=True)) if mine else []
+                for mine, (_, ahead, weights) in zip(rows, domains, strict=True)
             ]
             with compute.autocast():
                 counts = [len(mine) for mine in rows]
@@ -163,7 +163,7 @@ def _step(
 
 def tuning_losses(
     model: PreTrainedModel,
-    teachers: Sequence[Sequence[tuple[Outputs, float]]],
+    teachers: Sequence[Sequence[tuple[Reading, float]]],
     batch: Batch,
     rows: Sequence[int],
     family: Family,
@@ -176,21 +176,21 @@ def tuning_losses(
         rows: how many rows of the batch are each domain's, in order. A domain's losses weigh as much as its rows.
     """
     with router_logits(model) as routed:
-        logits_BTV = forward(model, batch).logits_BTV
+        scores = read(model, batch).scores
     probabilities = [family.probabilities(logits_RE.float()) for logits_RE in routed]
     balance = balance_loss(probabilities, int(model.config.num_experts_per_tok), batch.valid_BT)
     loss = options.balance * balance
     cross_entropy = divergence = loss.new_zeros(())
-    parts_of = zip(logits_BTV.split(list(rows)), split_rows(batch, rows), teachers, strict=True)
-    for mine_BTV, mine, domain_teachers in parts_of:
+    parts_of = zip(scores.split(rows), split_rows(batch, rows), teachers, strict=True)
+    for own, mine, domain_teachers in parts_of:
         share = len(mine.valid_BT) / len(batch.valid_BT)
         if not share:
             continue
         predictions = [
-            TeacherLogits(outputs.logits_BTV, options.beta * omega, mine.valid_BT) for outputs, omega in domain_teachers
+            TeacherScores(reading.scores, options.beta * omega, mine.valid_BT) for reading, omega in domain_teachers
         ]
-        predictions = listen(predictions, mine_BTV, mine, options.trust)
-        token_loss, parts = next_token_losses(mine_BTV, predictions, mine, options.temperature)
+        predictions = listen(predictions, own, mine, options.trust)
+        token_loss, parts = next_token_losses(own, predictions, mine, options.temperature)
         loss = loss + share * token_loss
         cross_entropy = cross_entropy + share * parts.cross_entropy
         divergence = divergence + share * parts.divergence

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from deepfusion.errors import ModelError
+from deepfusion.losses import Scores
 from deepfusion.types import Batch
 
 
@@ -33,11 +34,16 @@ class Alignment:
     position_BT: torch.Tensor | None = None
     token_V: torch.Tensor | None = None
 
-    def on_student(self, logits_BTV: torch.Tensor) -> torch.Tensor:
-        """The teacher's logits at the student's positions, over the student's vocabulary."""
+    def on_student(self, scores: Scores) -> Scores:
+        """The teacher's scores at the student's positions, over the student's vocabulary."""
+        hidden_BTH, weight_VH, bias_V = scores
         if self.position_BT is not None:
-            logits_BTV = logits_BTV.take_along_dim(self.position_BT[..., None], dim=1)
-        return logits_BTV if self.token_V is None else logits_BTV.index_select(-1, self.token_V)
+            hidden_BTH = hidden_BTH.take_along_dim(self.position_BT[..., None], dim=1)
+        if self.token_V is None:
+            return Scores(hidden_BTH, weight_VH, bias_V)
+        if weight_VH is None:
+            return Scores(hidden_BTH.index_select(-1, self.token_V))
+        return Scores(hidden_BTH, weight_VH[self.token_V], None if bias_V is None else bias_V[self.token_V])
 
 
 def same_tokens(batch: Batch) -> Alignment:

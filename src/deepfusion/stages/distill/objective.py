@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from deepfusion.devices.features import Outputs, forward
+from deepfusion.devices.features import Reading, read
 from deepfusion.devices.read_ahead import ReadAhead
-from deepfusion.losses import TeacherLogits, listen, next_token_losses
+from deepfusion.losses import TeacherScores, listen, next_token_losses
 from deepfusion.stages.distill.align import same_tokens
 from deepfusion.stages.distill.base import Adapter, DistillOptions
 from deepfusion.types import Batch, Text, concatenate
@@ -46,7 +46,7 @@ def _kl_weight(options: DistillOptions) -> float:
 def domain_losses(
     student: PreTrainedModel,
     teachers: Sequence[Sequence[Teacher]],
-    reads: Sequence[Sequence[Outputs]],
+    reads: Sequence[Sequence[Reading]],
     batches: Sequence[Batch],
     options: DistillOptions,
 ) -> list[dict[str, torch.Tensor]]:
@@ -61,37 +61,37 @@ def domain_losses(
     """
     adapters = [teacher.adapter for mine in teachers for teacher in mine if teacher.adapter is not None]
     taps = sorted({tap for adapter in adapters for tap in adapter.student_taps})
-    outputs = forward(student, concatenate(batches), taps=taps)
-    rows = len(batches[0].valid_BT)
-    logits = outputs.logits_BTV.split(rows)
-    hidden = zip(*(tap_BTH.split(rows) for tap_BTH in outputs.taps), strict=True) if taps else [()] * len(batches)
+    reading = read(student, concatenate(batches), taps=taps)
+    counts = [len(batch.valid_BT) for batch in batches]
+    scores = reading.scores.split(counts)
+    hidden = zip(*(tap_BTH.split(counts) for tap_BTH in reading.taps), strict=True) if taps else [()] * len(batches)
     return [
-        _losses(Outputs(logits_BTV, of_taps), taps, list(zip(mine, read, strict=bool(read))), batch, options)
-        for logits_BTV, of_taps, mine, read, batch in zip(logits, hidden, teachers, reads, batches, strict=True)
+        _losses(Reading(own, of_taps), taps, list(zip(mine, heard, strict=bool(heard))), batch, options)
+        for own, of_taps, mine, heard, batch in zip(scores, hidden, teachers, reads, batches, strict=True)
     ]
 
 
 def _losses(
-    student: Outputs,
+    student: Reading,
     taps: Sequence[int],
-    teachers: Sequence[tuple[Teacher, Outputs]],
+    teachers: Sequence[tuple[Teacher, Reading]],
     batch: Batch,
     options: DistillOptions,
 ) -> dict[str, torch.Tensor]:
     """Eq. (11) of one domain, from the student's and its teachers' outputs on its batch."""
     alignment, beta = same_tokens(batch), _kl_weight(options)
     predictions = [
-        TeacherLogits(alignment.on_student(read.logits_BTV), beta * teacher.weight, alignment.matched_BT)
-        for teacher, read in (teachers if beta else ())
+        TeacherScores(alignment.on_student(heard.scores), beta * teacher.weight, alignment.matched_BT)
+        for teacher, heard in (teachers if beta else ())
     ]
-    predictions = listen(predictions, student.logits_BTV, batch, options.trust)
-    loss, parts = next_token_losses(student.logits_BTV, predictions, batch, options.temperature)
+    predictions = listen(predictions, student.scores, batch, options.trust)
+    loss, parts = next_token_losses(student.scores, predictions, batch, options.temperature)
     losses = {"ce": parts.cross_entropy, "kl": parts.divergence}
     hidden = dict(zip(taps, student.taps, strict=True))
-    for teacher, read in teachers:
+    for teacher, heard in teachers:
         if teacher.adapter is not None:
             student_hidden = [hidden[tap] for tap in teacher.adapter.student_taps]
-            features = teacher.adapter(student_hidden, read.taps, batch.valid_BT, alignment.batch.valid_BT)
+            features = teacher.adapter(student_hidden, heard.taps, batch.valid_BT, alignment.batch.valid_BT)
             loss = loss + options.alpha * teacher.weight * features
             losses["features"] = losses.get("features", 0.0) + teacher.weight * features
     return {"loss": loss, **losses}
