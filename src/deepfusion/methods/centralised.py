@@ -22,8 +22,8 @@ from deepfusion.data.packing import PackedText
 from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import FleetOptions
 from deepfusion.errors import ModelError, UploadError
-from deepfusion.federation.spool import Spool, collect
-from deepfusion.methods import assembly
+from deepfusion.federation.payload import read_file
+from deepfusion.methods import assembly, exchange
 from deepfusion.methods.base import Site, TargetOptions, methods, precision_faults
 from deepfusion.moe import families
 from deepfusion.stages.local import steps_for
@@ -80,17 +80,13 @@ class Centralised:
             check_text(payload, device_id, site.data.vocab_size)
 
         key = key_of("text", site.seed, site.data_key, site.fleet, site.sequence_length)
-        spool = Spool(site.folder / "uploads", key)
-        have = collect(call, requests, spool, check)
-        for device_id, reason in spool.rejected().items():
-            site.note(f"text of {device_id} was refused: {reason}")
-        site.reached("uploads")
-        texts = [_corpus([spool.get(device_id)]) for device_id in have]
+        files = exchange.spool_answers(site, call, requests, check, key)
+        payloads = [read_file(path, source=f"device {device_id}") for device_id, path in files.items()]
+        counts = [len(payload.arrays["token_ids"]) for payload in payloads]
         fleet, length = site.fleet, site.sequence_length
-        steps = sum(steps_for(text, length, fleet.training, fleet.epochs, fleet.max_steps) for text in texts)
+        steps = sum(steps_for(count, length, fleet.training, fleet.epochs, fleet.max_steps) for count in counts)
         read = steps * fleet.training.batch_size * fleet.training.accumulate * length
-        whole = _corpus([spool.get(device_id) for device_id in have])
-        return whole, read, [file_digest(spool.path(device_id)) for device_id in have]
+        return _corpus(payloads), read, [file_digest(path) for path in files.values()]
 
     def reference(self, site: Site) -> Path:
         """The same MoE from public text alone."""

@@ -23,7 +23,7 @@ from deepfusion.devices import models
 from deepfusion.devices.device import Device
 from deepfusion.devices.memory import num_parameters
 from deepfusion.federation.payload import check_embedding, check_metadata, check_state, read_metadata
-from deepfusion.federation.spool import Spool, collect
+from deepfusion.federation.spool import Check, Spool, collect
 from deepfusion.methods.base import Site
 from deepfusion.stages import evaluate
 from deepfusion.stages.embed import Embedding, ServerProbe
@@ -132,7 +132,9 @@ def answer_with_model(device: Device, request: Payload, embed: Embedding) -> Pay
     if sent := _with_prefix(request, MODEL):
         load_distinct(model, sent)
     started_from = models.init_id(model)
-    steps = steps_for(device.corpus, device.sequence_length, device.training, device.epochs, device.max_steps)
+    steps = steps_for(
+        device.corpus.num_tokens, device.sequence_length, device.training, device.epochs, device.max_steps
+    )
     history = train_causal_lm(
         model,
         PackedText(device.corpus, device.sequence_length, device.seed),
@@ -179,12 +181,22 @@ def collect_uploads(
         check_state({k: t for k, t in payload.arrays.items() if k != EMBEDDING}, shapes[name], device_id)
         check_embedding(payload, embedding_size, device_id)
 
+    return [read_upload(path) for path in spool_answers(site, call, requests, check, key).values()]
+
+
+def spool_answers(site: Site, call: Call, requests: Mapping[str, Payload], check: Check, key: str) -> dict[str, Path]:
+    """Ask the devices whose answer is not on the disk yet; the files of the good answers, in the order of `requests`.
+
+    Args:
+        check: see `collect`; what it refuses becomes a note of the run.
+        key: hash of what the answers depend on; answers of another key are thrown away.
+    """
     spool = Spool(site.folder / "uploads", key)
     have = collect(call, requests, spool, check)
     for device_id, reason in spool.rejected().items():
         site.note(f"upload of {device_id} was refused: {reason}")
     site.reached("uploads")
-    return [read_upload(spool.path(device_id)) for device_id in have]
+    return {device_id: spool.path(device_id) for device_id in have}
 
 
 def read_upload(path: Path) -> Upload:

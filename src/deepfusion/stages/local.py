@@ -12,14 +12,14 @@ from deepfusion.data.packing import PackedText
 from deepfusion.devices.features import forward
 from deepfusion.losses import Scores, next_token_losses
 from deepfusion.training import Checkpoint, Optimisation, accelerator, fit
-from deepfusion.types import Corpus, Progress, silent
+from deepfusion.types import Progress, silent
 
 
 def steps_for(
-    corpus: Corpus, sequence_length: int, optimisation: Optimisation, epochs: float, max_steps: int | None
+    num_tokens: int, sequence_length: int, optimisation: Optimisation, epochs: float, max_steps: int | None
 ) -> int:
-    """Optimiser steps that read `corpus` `epochs` times, at least 1 and at most `max_steps`."""
-    sequences = epochs * corpus.num_tokens / sequence_length
+    """Optimiser steps that read text of `num_tokens` tokens `epochs` times, at least 1 and at most `max_steps`."""
+    sequences = epochs * num_tokens / sequence_length
     steps = max(1, math.ceil(sequences / (optimisation.batch_size * optimisation.accumulate)))
     return steps if max_steps is None else min(steps, max_steps)
 
