@@ -1,64 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token losses: cross-entropy and KL to teachers in one fused pass (DeepFusion, eq. 2, 10, 11), and the MoE balance loss.
-
-The gradient is made in the forward pass, chunk by chunk over the token positions, while each chunk's softmax is in the
-cache. Scores that come as a hidden state and an output matrix are made within the chunk, too, and their gradient goes
-straight on to those two: then nothing of size B*T*V is ever in memory.
-"""
+"""Token losses: cross-entropy and KL to teachers in one fused pass (DeepFusion, eq. 2, 10, 11), and the MoE balance loss."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch.nn import functional
 
+from deepfusion.fused import FusedTokenLoss, Scores
 from deepfusion.types import Batch
-
-CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
-"""Logits that one chunk holds: about a core's cache on a CPU; on a GPU enough to hide the launch of its kernels."""
-
-
-class Scores(NamedTuple):
-    """A model's next-token scores: as logits, or as what they are made of, logits = hidden weight^T + bias.
-
-    Attributes:
-        hidden_BTH: the last hidden state; the logits themselves where there is no weight.
-        weight_VH: the output matrix.
-        bias_V: its bias.
-    """
-
-    hidden_BTH: torch.Tensor
-    weight_VH: torch.Tensor | None = None
-    bias_V: torch.Tensor | None = None
-
-    @property
-    def vocab_size(self) -> int:
-        """V."""
-        return self.hidden_BTH.shape[-1] if self.weight_VH is None else len(self.weight_VH)
-
-    def flat(self) -> Scores:
-        """The same with batch and time as one axis."""
-        return self._replace(hidden_BTH=self.hidden_BTH.reshape(-1, self.hidden_BTH.shape[-1]))
-
-    def rows(self, rows: slice) -> Scores:
-        """Those of some rows of the batch."""
-        return self._replace(hidden_BTH=self.hidden_BTH[rows])
-
-    def split(self, counts: Sequence[int]) -> list[Scores]:
-        """Parts of `counts` rows each."""
-        return [self._replace(hidden_BTH=part_BTH) for part_BTH in self.hidden_BTH.split(list(counts))]
-
-    def detached(self) -> Scores:
-        """The same without gradient."""
-        parts = (None if part is None else part.detach() for part in self)
-        return Scores(*cast(tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None], tuple(parts)))
-
-    def logits(self, rows: slice | torch.Tensor | int) -> torch.Tensor:
-        """Logits of some entries of the first axis."""
-        hidden = self.hidden_BTH[rows]
-        return hidden if self.weight_VH is None else functional.linear(hidden, self.weight_VH, self.bias_V)
 
 
 class TeacherScores(NamedTuple):
@@ -124,7 +76,7 @@ def next_token_losses(
     soft = [
         (teacher.scores.detached().flat(), weight_R) for teacher, weight_R in zip(teachers, kl_weights, strict=True)
     ]
-    parts = _FusedTokenLoss.apply(*student.flat(), row_Q, target_BT.flatten(), mean_R, temperature, soft)
+    parts = FusedTokenLoss.apply(*student.flat(), row_Q, target_BT.flatten(), mean_R, temperature, soft)
     loss, cross_entropy, divergence = cast(tuple[torch.Tensor, ...], parts)
     heard = sum(float(weight_R.sum()) for weight_R in kl_weights)
     return loss, TokenLosses(cross_entropy, divergence / heard if heard else divergence)
@@ -193,112 +145,3 @@ def balance_loss(probabilities: Sequence[torch.Tensor], top_k: int, valid_BT: to
 def _mean_weights(mask_BT: torch.Tensor) -> torch.Tensor:
     """Weights that turn a sum over positions into the mean over `mask_BT`: all 0 for an empty mask."""
     return mask_BT.flatten().double() / mask_BT.sum().clamp(min=1)
-
-
-def _chunks(row_Q: torch.Tensor, scores: Scores) -> Iterator[slice | torch.Tensor]:
-    """Rows a chunk at a time: as slices, which copy nothing, where all rows are used."""
-    positions = len(scores.hidden_BTH)
-    rows = max(1, CHUNK_ELEMENTS.get(scores.hidden_BTH.device.type, 1 << 22) // scores.vocab_size)
-    if len(row_Q) == positions:
-        return (slice(begin, begin + rows) for begin in range(0, positions, rows))
-    return iter(row_Q.split(rows))
-
-
-def _exponentials(
-    logits_CV: torch.Tensor, dtype: torch.dtype, tau: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """z/tau less its largest value, its exponential, and that one's sum: a softmax with one exp each."""
-    logits_CV = logits_CV.to(dtype)
-    if tau != 1:
-        logits_CV = logits_CV / tau
-    shifted_CV = logits_CV - logits_CV.amax(-1, keepdim=True)
-    exp_CV = shifted_CV.exp()
-    return shifted_CV, exp_CV, exp_CV.sum(-1, keepdim=True)
-
-
-class _Gradients:
-    """Gradients of the student's scores, gathered a chunk at a time; None where none is asked for."""
-
-    def __init__(self, scores: Scores, wanted: Sequence[bool], *, sparse: bool) -> None:
-        hidden_RH, weight_VH, bias_V = scores
-        make = torch.zeros_like if sparse else torch.empty_like
-        self._scores = scores
-        self.hidden_RH = make(hidden_RH) if wanted[0] else None
-        self.weight_VH = torch.zeros_like(weight_VH) if wanted[1] and weight_VH is not None else None
-        self.bias_V = torch.zeros_like(bias_V) if wanted[2] and bias_V is not None else None
-
-    def add(self, rows: slice | torch.Tensor, step_CV: torch.Tensor) -> None:
-        """Pass the gradient of some rows' logits on."""
-        hidden_RH, weight_VH, _ = self._scores
-        if self.hidden_RH is not None:
-            gradient_CH = step_CV if weight_VH is None else step_CV.to(weight_VH.dtype) @ weight_VH
-            self.hidden_RH[rows] = gradient_CH.to(hidden_RH.dtype)
-        if self.weight_VH is not None:
-            self.weight_VH += step_CV.mT @ hidden_RH[rows].to(step_CV.dtype)
-        if self.bias_V is not None:
-            self.bias_V += step_CV.sum(0)
-
-
-class _FusedTokenLoss(torch.autograd.Function):
-    """(hidden_RH, weight_VH, bias_V, row_Q, target_R, mean_R, tau, [(teacher, weight_R)]) -> loss, cross-entropy, weighted KL.
-
-    Only `row_Q` of the R positions are looked at. The last two outputs carry no gradient.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        row_Q, target_R, mean_R, tau, teachers = arguments[3:]
-        student = Scores(*arguments[:3])
-        dtype = torch.promote_types(student.hidden_BTH.dtype, torch.float32)
-        sums = torch.zeros(2, dtype=torch.float64, device=mean_R.device)
-        wanted = ctx.needs_input_grad[:3]
-        gradients = _Gradients(student, wanted, sparse=len(row_Q) < len(mean_R))
-        for row_C in _chunks(row_Q, student):
-            target_C1, mean_C1 = target_R[row_C, None], mean_R[row_C, None].to(dtype)
-            logits_CV = student.logits(row_C)
-            shifted_CV, exp_CV, total_C1 = _exponentials(logits_CV, dtype, 1.0)
-            logp_C1 = shifted_CV.gather(1, target_C1) - total_C1.log()
-            sums[0] -= (logp_C1 * mean_C1).sum()
-            step_CV = exp_CV * (mean_C1 / total_C1) if tau != 1 else exp_CV
-            if tau != 1 and teachers:
-                shifted_CV, exp_CV, total_C1 = _exponentials(logits_CV, dtype, tau)
-            weights_C1 = torch.zeros_like(mean_C1)
-            pull_CV: torch.Tensor | None = None
-            for teacher, weight_R in teachers:
-                weight_C1 = weight_R[row_C, None].to(dtype)
-                if not bool(weight_C1.any()):
-                    continue
-                teacher_CV, q_CV, q_total_C1 = _exponentials(teacher.logits(row_C), dtype, tau)
-                # KL = sum q (log q - log p), with log q and log p up to what their own sums add
-                kl_C1 = teacher_CV.sub_(shifted_CV).mul_(q_CV).sum(-1, keepdim=True) / q_total_C1
-                kl_C1 += total_C1.log() - q_total_C1.log()
-                sums[1] += tau**2 * (kl_C1 * weight_C1).sum()
-                weights_C1 += weight_C1
-                pull_C1 = weight_C1 / q_total_C1
-                pull_CV = q_CV.mul_(pull_C1) if pull_CV is None else pull_CV.addcmul_(q_CV, pull_C1)
-            if not any(wanted):
-                continue
-            # d/dz of tau^2 KL is tau (softmax(z/tau) - q); d/dz of the cross-entropy is softmax(z) - onehot(target)
-            if tau == 1:
-                step_CV.mul_((mean_C1 + weights_C1) / total_C1)
-            elif teachers:
-                step_CV.addcmul_(exp_CV, tau * weights_C1 / total_C1)
-            if pull_CV is not None:
-                step_CV.sub_(pull_CV, alpha=tau)
-            step_CV.scatter_add_(1, target_C1, -mean_C1)
-            gradients.add(row_C, step_CV)
-        ctx.gradients = gradients
-        cross_entropy, divergence = sums.to(dtype).unbind()
-        loss = cross_entropy + divergence
-        ctx.mark_non_differentiable(cross_entropy, divergence)
-        return loss, cross_entropy, divergence
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            raise RuntimeError("next_token_losses: its gradient was used up by an earlier backward pass; call it again")
-        found = (gradients.hidden_RH, gradients.weight_VH, gradients.bias_V)
-        scaled = [None if gradient is None else gradient.mul_(upstream[0]) for gradient in found]
-        return *scaled, *[None] * (len(ctx.needs_input_grad) - 3)

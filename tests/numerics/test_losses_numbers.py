@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy, log_softmax
 
-from deepfusion import losses
-from deepfusion.losses import Scores, TeacherScores, TokenLosses, balance_loss, listen, next_token_losses
+from deepfusion import fused
+from deepfusion.fused import Scores
+from deepfusion.losses import TeacherScores, TokenLosses, Trust, balance_loss, listen, next_token_losses
 from deepfusion.types import Batch
 
 B, T, V = 3, 7, 11
@@ -64,7 +65,8 @@ def plain_formula(
 def test_value_and_gradient_agree_with_the_plain_formula(
     tau: float, weights: tuple[float, ...], padded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", 4 * V)  # four positions a chunk
+    monkeypatch.setitem(fused.CHUNK_ELEMENTS, "cpu", 4 * V)  # four positions a chunk,
+    monkeypatch.setitem(fused.TILE_ELEMENTS, "cpu", 3 * V)  # three a tile, and one
     batch = batch_of(padded=padded)
     teachers = [teacher_of(logits(10 + i), w, batch.valid_BT) for i, w in enumerate(weights)]
     student = logits(1).requires_grad_()
@@ -100,14 +102,15 @@ def test_the_gradient_can_be_used_only_once() -> None:
         loss.backward()
 
 
-def test_chunk_size_does_not_change_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_of_chunk_and_tile_do_not_change_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     batch, student = batch_of(), logits(1, torch.float32).requires_grad_()
     gradients = []
-    for rows in (1, 3, 1000):
-        monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", rows * V)
+    for rows, tile in ((1, 1), (3, 2), (1000, 4), (1000, 1000)):
+        monkeypatch.setitem(fused.CHUNK_ELEMENTS, "cpu", rows * V)
+        monkeypatch.setitem(fused.TILE_ELEMENTS, "cpu", tile * V)
         loss, _ = loss_of(student, [teacher_of(logits(9), 1.0, batch.valid_BT)], batch, 1.0)
         gradients.append(torch.autograd.grad(loss, student)[0])
-    assert torch.equal(gradients[0], gradients[1])
+    assert all(torch.equal(gradients[0], gradient) for gradient in gradients[1:])
     assert torch.equal(gradients[0], gradients[2])
 
 
@@ -141,9 +144,7 @@ def test_rows_without_trust_count_as_zeros_in_the_mean() -> None:
     torch.testing.assert_close(gradient, torch.autograd.grad(ce + kl, student)[0], rtol=1e-8, atol=1e-12)
 
 
-def rows_heard(
-    teachers: list[torch.Tensor], student: torch.Tensor, batch: Batch, trust: losses.Trust
-) -> list[list[bool]]:
+def rows_heard(teachers: list[torch.Tensor], student: torch.Tensor, batch: Batch, trust: Trust) -> list[list[bool]]:
     heard = listen([teacher_of(t, 0.5, batch.valid_BT) for t in teachers], Scores(student), batch, trust)
     return [teacher.trusted_B.tolist() for teacher in heard if teacher.trusted_B is not None]
 
@@ -193,9 +194,9 @@ def test_best_listens_on_each_row_to_one_teacher_with_the_weight_of_all() -> Non
 @pytest.mark.parametrize("tau", [1.0, 2.0])
 @pytest.mark.parametrize("bias", [False, True])
 def test_scores_made_a_piece_at_a_time_give_the_loss_and_gradients_of_whole_logits(
-    trust: losses.Trust, tau: float, bias: bool, monkeypatch: pytest.MonkeyPatch
+    trust: Trust, tau: float, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", 4 * V)
+    monkeypatch.setitem(fused.CHUNK_ELEMENTS, "cpu", 4 * V)
     batch, generator = batch_of(3), torch.Generator().manual_seed(5)
 
     def scores(width: int) -> Scores:

@@ -19,7 +19,8 @@ from deepfusion.devices import features
 from deepfusion.devices.features import forward, read
 from deepfusion.devices.models import from_config, load, save
 from deepfusion.errors import ModelError
-from deepfusion.losses import Scores, next_token_losses
+from deepfusion.fused import Scores
+from deepfusion.losses import next_token_losses
 from deepfusion.moe import families
 from deepfusion.moe.single import compute_as_mlp
 from deepfusion.stages import merge, router

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from deepfusion.data.packing import PackedText
 from deepfusion.devices.features import forward
-from deepfusion.losses import Scores, next_token_losses
+from deepfusion.fused import Scores
+from deepfusion.losses import next_token_losses
 from deepfusion.training import Checkpoint, Optimisation, accelerator, fit
 from deepfusion.types import Progress, silent
 

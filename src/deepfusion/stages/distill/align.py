@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from deepfusion.errors import ModelError
-from deepfusion.losses import Scores
+from deepfusion.fused import Scores
 from deepfusion.types import Batch
 
 
