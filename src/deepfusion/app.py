@@ -28,7 +28,17 @@ from deepfusion.methods.base import StageReached
 from deepfusion.record import Record
 from deepfusion.report.events import write_events
 from deepfusion.report.page import write_report
-from deepfusion.run import CONFIG, Notes, check_memory, check_until, make_device, make_site, open_folder, prepare_data
+from deepfusion.run import (
+    CONFIG,
+    Notes,
+    check_memory,
+    check_until,
+    make_device,
+    make_site,
+    open_folder,
+    prepare_data,
+    too_large,
+)
 from deepfusion.types import Progress, silent
 
 PRELOAD = (
@@ -139,7 +149,15 @@ def serve(
     except StageReached:
         return None
     reference = config.method.reference(site) if config.evaluate.public_only else None
-    record = measure(config, site, moe, ledger=ledger, failures=door.failures, notes=notes, reference=reference)
+    record = measure(
+        config,
+        site,
+        moe,
+        ledger=ledger,
+        failures={**too_large(config), **door.failures},
+        notes=notes,
+        reference=reference,
+    )
     record.save(folder / "record.json")
     write_report([record], folder / "report.html")
     write_events(record, folder / "events")

@@ -38,12 +38,14 @@ class EvaluateOptions:
         devices: score every device's own model.
         proxies: score every proxy (teacher).
         students: score every distilled student.
+        rounds: of a method in rounds, score the model after each.
     """
 
     public_only: bool = True
     devices: bool = True
     proxies: bool = True
     students: bool = True
+    rounds: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ from deepfusion.record import (
     ModelMetrics,
     Record,
 )  # fmt: skip
-from deepfusion.run import Notes, private_corpus, versions
+from deepfusion.run import Notes, hosted_configs, private_corpus, versions
 from deepfusion.stages.evaluate import Score, by_domain, expert_load, mutual_information, score_documents, total
 from deepfusion.stages.proxy import load_proxies, load_upload
 from deepfusion.types import Proxy
@@ -71,6 +71,7 @@ def measure(
         seconds=_seconds(site.folder),
         versions=versions(),
         curves=_curves(site.folder.path),
+        rounds=_rounds(config, site, scorer),
         expert_load=load,
         expert_mutual_information=mutual_information(load),
         merge_check=_merge_check(merged),
@@ -184,13 +185,20 @@ def _baselines(
     )  # fmt: skip
 
 
+def _rounds(config: RunConfig, site: Site, scorer: _Scorer) -> list[Metrics]:
+    folder = site.folder / "rounds"
+    if not config.evaluate.rounds or not folder.exists():
+        return []
+    count = sum(1 for _ in folder.iterdir())
+    return [as_metrics(scorer.folder(f"round {number}", folder / str(number))) for number in range(count)]
+
+
 def _group(items: list[ModelMetrics]) -> Group | None:
     return Group(mean=mean_metrics([item.metrics for item in items]), items=items) if items else None
 
 
 def _devices(config: RunConfig, site: Site, ledger: Ledger, clusters: ClusterRecord | None) -> list[DeviceRecord]:
-    vocabulary, length = site.data.vocab_size, site.sequence_length
-    shapes = {s.name: models.config_of(s, vocab_size=vocabulary, positions=length) for s in config.devices.models}
+    shapes = hosted_configs(config)
     sent, telemetry = ledger.by_device("up"), ledger.telemetry()
     rows: list[DeviceRecord] = []
     for card in site.cards:
@@ -200,8 +208,10 @@ def _devices(config: RunConfig, site: Site, ledger: Ledger, clusters: ClusterRec
         rows.append(DeviceRecord(
             id=card.id,
             architecture=card.model.name,
-            parameters=memory.num_parameters(shape),
-            estimated_memory_bytes=memory.training_memory(shape, config.devices.training, length).total,
+            parameters=memory.num_parameters(shape) if shape else 0,
+            estimated_memory_bytes=memory.training_memory(shape, config.devices.training, site.sequence_length).total
+            if shape
+            else 0,
             peak_memory_bytes=peak,
             upload_bytes=sent.get(card.id, 0),
             cluster=clusters.labels.get(card.id) if clusters else None,

@@ -116,7 +116,12 @@ class ClusterRecord(_Part):
 
 
 class Record(_Part):
-    """Everything that a run measured."""
+    """Everything that a run measured.
+
+    Attributes:
+        rounds: of a method in rounds, the score of the model after each one, before the last tuning.
+        failures: why a device had no part: it did not answer, or what it would train does not fit its memory.
+    """
 
     schema_version: int = SCHEMA
     run_id: str
@@ -133,6 +138,7 @@ class Record(_Part):
     seconds: dict[str, float]
     versions: dict[str, str]
     curves: dict[str, dict[str, list[tuple[float, float]]]]
+    rounds: list[Metrics] = []
     expert_load: dict[str, list[float]]
     expert_mutual_information: float
     merge_check: float | None

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 
 from deepfusion.artifacts import RunFolder, key_of, write_atomic
 from deepfusion.config import RunConfig, to_toml
@@ -26,6 +27,7 @@ from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import DeviceCard, cards, shared_ids
 from deepfusion.errors import ConfigError, MemoryLimitError, ResumeError
 from deepfusion.methods.base import Site
+from deepfusion.moe import families
 from deepfusion.training import derive_seed
 from deepfusion.types import Corpus, Progress, silent
 
@@ -68,22 +70,45 @@ def check_until(config: RunConfig, until: str | None) -> None:
 
 
 def check_memory(config: RunConfig) -> None:
-    """Refuse, before any training, a device that cannot hold its model's training in its stated memory.
+    """Refuse, before any training, a fleet whose devices cannot hold what they would train in their stated memory.
 
     Raises:
-        MemoryLimitError: names every such device and says what would fit.
+        MemoryLimitError: names every such device and says what would fit; with `unfit = "leave out"` only when none is left.
     """
-    vocabulary, length = config.data.tokenizer.vocab_size, config.data.sequence_length
-    configs = {s.name: models.config_of(s, vocab_size=vocabulary, positions=length) for s in config.devices.models}
-    faults: list[str] = []
+    faults = too_large(config)
+    left = len(cards(config.devices, config.seed)) - len(faults)
+    if faults and (config.devices.unfit == "stop" or not left):
+        lines = [f"{device_id} {reason}" for device_id, reason in faults.items()]
+        raise MemoryLimitError("devices whose training does not fit their memory:\n  " + "\n  ".join(lines))
+
+
+def too_large(config: RunConfig) -> dict[str, str]:
+    """The devices that cannot hold what they would train in their stated memory, and what would fit."""
+    length, training = config.data.sequence_length, config.devices.training
+    own, hosted = own_configs(config), hosted_configs(config)
+    found: dict[str, str] = {}
     for card in cards(config.devices, config.seed):
-        model_config, limit = configs[card.model.name], card.memory_limit_bytes
-        need = memory.training_memory(model_config, config.devices.training, length).total
-        if limit is not None and need > limit:
-            cure = memory.what_would_fit(model_config, config.devices.training, length, limit, list(configs.items()))
-            faults.append(f"{card.id} ({card.model.name}) needs {memory.gib(need)} of {memory.gib(limit)}: {cure}")
-    if faults:
-        raise MemoryLimitError("devices whose training does not fit their memory:\n  " + "\n  ".join(faults))
+        shape, limit = hosted[card.model.name], card.memory_limit_bytes
+        need = memory.training_memory(shape, training, length).total if shape else 0
+        if shape is not None and limit is not None and need > limit:
+            what = card.model.name if shape == own[card.model.name] else shape.model_type
+            others = list(own.items()) if shape == own[card.model.name] else []
+            cure = memory.what_would_fit(shape, training, length, limit, others)
+            found[card.id] = f"({what}) needs {memory.gib(need)} of {memory.gib(limit)}: {cure}"
+    return found
+
+
+def own_configs(config: RunConfig) -> dict[str, PreTrainedConfig]:
+    """Configuration of each architecture of the fleet, by its name."""
+    vocabulary, length = config.data.tokenizer.vocab_size, config.data.sequence_length
+    return {s.name: models.config_of(s, vocab_size=vocabulary, positions=length) for s in config.devices.models}
+
+
+def hosted_configs(config: RunConfig) -> dict[str, PreTrainedConfig | None]:
+    """Configuration of what a device of each architecture trains; None where the method trains nothing on devices."""
+    target = config.target.make(config.data.tokenizer.vocab_size, config.data.sequence_length, None)
+    target = families[config.target.model_type].ready_target(target)
+    return {name: config.method.hosted(own, target) for name, own in own_configs(config).items()}
 
 
 def prepare_data(config: RunConfig, folder: RunFolder, progress: Progress = silent) -> PreparedData:
@@ -102,11 +127,14 @@ def make_site(
     note: Callable[[str], None] = lambda sentence: None,
     until: str | None = None,
 ) -> Site:
-    """The server's side of the run."""
+    """The server's side of the run. Devices that are too small for the method have no part in it."""
+    unfit = too_large(config)
+    if unfit:
+        note(f"{len(unfit)} devices are left out: what they would train does not fit their memory")
     site = Site(
         folder=folder,
         fleet=config.devices,
-        cards=cards(config.devices, config.seed),
+        cards=tuple(card for card in cards(config.devices, config.seed) if card.id not in unfit),
         data=data,
         data_key=folder.key("data") or "",
         sequence_length=config.data.sequence_length,

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -56,6 +57,8 @@ class FleetOptions:
         models: the architectures ([[devices.models]]), given to devices by their `share`.
         named: devices with files of their own ([[devices.named]]).
         memory_limit_gib: most memory that a device may need for its training; none when left out.
+        unfit: what happens where a device's training does not fit its memory: the run stops before anything is trained, or
+            it goes on without that device and counts it.
         epochs: how often a device reads its text.
         max_steps: most optimiser steps of a device.
         threads: CPU threads of one device's training; a fixed number, so that every engine gives the same bytes.
@@ -68,6 +71,7 @@ class FleetOptions:
     models: tuple[ModelSpec, ...]
     named: tuple[NamedDevice, ...] = ()
     memory_limit_gib: float | None = None
+    unfit: Literal["stop", "leave out"] = "stop"
     epochs: float = 1.0
     max_steps: int | None = None
     threads: int = 1

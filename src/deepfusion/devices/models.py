@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -259,6 +260,20 @@ def _with_overrides(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> P
         return cast(PreTrainedConfig, config_class.from_dict({**config.to_dict(), **overrides}))
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise ModelError(f"its configuration is refused: {_reason(error)}; mend the value") from error
+
+
+def config_from_json(text: str) -> PreTrainedConfig:
+    """The configuration that `to_json_string` wrote. Raises ModelError when it describes no causal LM."""
+    try:
+        values = json.loads(text)
+        model_type = values["model_type"]
+        if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            raise ValueError(f'model_type = "{model_type}" is not a causal LM of transformers')
+        return cast(PreTrainedConfig, cast(Any, CONFIG_MAPPING[model_type]).from_dict(values))
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise ModelError(
+            f"a model's configuration was sent that cannot be read: {_reason(error)}; use one version"
+        ) from error
 
 
 def read_config(source: str | Path) -> PreTrainedConfig:

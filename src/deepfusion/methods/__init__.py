@@ -4,5 +4,6 @@
 from deepfusion.methods.base import Method, TargetOptions, methods
 from deepfusion.methods.centralised import Centralised
 from deepfusion.methods.deepfusion import DeepFusion
+from deepfusion.methods.fedavg import FedAvg
 
-__all__ = ["Centralised", "DeepFusion", "Method", "TargetOptions", "methods"]
+__all__ = ["Centralised", "DeepFusion", "FedAvg", "Method", "TargetOptions", "methods"]

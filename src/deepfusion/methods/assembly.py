@@ -186,6 +186,12 @@ def trained(
         noise: see [merge].
         tuning: how the MoE is tuned, its teachers apart.
     """
+    moe = upcycled(site, prefix, text, *parts, training=training, noise=noise)
+    return tuned_on_text(site, f"{prefix}moe", moe, text, training, noise, *parts, options=tuning)
+
+
+def upcycled(site: Site, prefix: str, text: Text, *parts: object, training: TextTraining, noise: float) -> Path:
+    """The first half of `trained`: a base trained on the text, and copied to all experts."""
     family, target = family_and_config(site)
     name, options = f"{prefix}trained", DistillOptions(steps=training.steps, optimisation=training.optimisation)
 
@@ -199,6 +205,11 @@ def trained(
     whole = (training, site.target, site.data_key, site.sequence_length, *parts)
     student = site.keep(name, make, *whole) / "0"
     copies, random = merge.MergeOptions(noise=noise), router.RouterOptions(start="random")
-    moe = merged(site, f"{prefix}merged", [student], [[text.batch(0, 8)]], *whole, options=copies, start=random)
-    plain = replace(tuning, beta=0.0, temperature=1.0, trust="all")
-    return tuned(site, f"{prefix}moe", moe, [[]], [text], *whole, noise, options=plain)
+    return merged(site, f"{prefix}merged", [student], [[text.batch(0, 8)]], *whole, options=copies, start=random)
+
+
+def tuned_on_text(site: Site, name: str, moe: Path, text: Text, *parts: object, options: tune.TuneOptions) -> Path:
+    """Tune the model of folder `moe` on one text by cross-entropy alone, into the stage `name`."""
+    plain = replace(options, beta=0.0, temperature=1.0, trust="all")
+    whole = (site.target, site.data_key, site.sequence_length, *parts)
+    return tuned(site, name, moe, [[]], [text], *whole, options=plain)

@@ -160,12 +160,25 @@ class Method(Protocol):
         """The same MoE trained without the fleet: on public text alone, with the server's number of tokens."""
         ...
 
+    def hosted(self, own: PreTrainedConfig, target: PreTrainedConfig) -> PreTrainedConfig | None:
+        """The model that a device of architecture `own` trains, where `target` is the run's MoE; None when it trains none."""
+        ...
+
     def faults_with(self, devices: FleetOptions, data: DataOptions, target: TargetOptions) -> Iterator[str]:
         """Combinations with the other sections that cannot work, each with its cure."""
         ...
 
 
 methods: Registry[Method] = Registry("method")
+
+
+def family_faults(data: DataOptions, target: TargetOptions) -> Iterator[str]:
+    """What keeps the target's family from having a base of one expert."""
+    family = families[target.model_type]
+    try:
+        family.student_config(family.ready_target(target.make(data.tokenizer.vocab_size, data.sequence_length, None)))
+    except ModelError as error:
+        yield str(error)
 
 
 def precision_faults(trainings: Mapping[str, Optimisation]) -> Iterator[str]:

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
 
 from deepfusion.artifacts import file_digest, key_of
 from deepfusion.data.mixed import MixedText
@@ -21,11 +22,10 @@ from deepfusion.data.options import DataOptions
 from deepfusion.data.packing import PackedText
 from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import FleetOptions
-from deepfusion.errors import ModelError, UploadError
+from deepfusion.errors import UploadError
 from deepfusion.federation.payload import read_file
 from deepfusion.methods import assembly, exchange
-from deepfusion.methods.base import Site, TargetOptions, methods, precision_faults
-from deepfusion.moe import families
+from deepfusion.methods.base import Site, TargetOptions, family_faults, methods, precision_faults
 from deepfusion.stages.local import steps_for
 from deepfusion.stages.tune import TuneOptions
 from deepfusion.training import derive_seed
@@ -81,6 +81,7 @@ class Centralised:
 
         key = key_of("text", site.seed, site.data_key, site.fleet, site.sequence_length)
         files = exchange.spool_answers(site, call, requests, check, key)
+        site.reached("uploads")
         payloads = [read_file(path, source=f"device {device_id}") for device_id, path in files.items()]
         counts = [len(payload.arrays["token_ids"]) for payload in payloads]
         fleet, length = site.fleet, site.sequence_length
@@ -93,18 +94,15 @@ class Centralised:
         text = PackedText(site.data.public, site.sequence_length, derive_seed(site.seed, "reference"))
         return assembly.trained(site, "reference/", text, training=self.training, noise=self.noise, tuning=self.tune)
 
+    def hosted(self, own: PreTrainedConfig, target: PreTrainedConfig) -> None:
+        """Devices train nothing."""
+
     def faults_with(self, devices: FleetOptions, data: DataOptions, target: TargetOptions) -> Iterator[str]:
         """See `Method.faults_with`."""
         yield from precision_faults(
             {"training.optimisation": self.training.optimisation, "tune.optimisation": self.tune.optimisation}
         )
-        family = families[target.model_type]
-        try:
-            family.student_config(
-                family.ready_target(target.make(data.tokenizer.vocab_size, data.sequence_length, None))
-            )
-        except ModelError as error:
-            yield str(error)
+        yield from family_faults(data, target)
 
 
 def _joined(parts: Sequence[np.ndarray], dtype: type[np.generic]) -> np.ndarray:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
+from transformers import PreTrainedConfig
 
 from deepfusion.artifacts import file_digest, key_of, write_atomic
 from deepfusion.data.mixed import MixedText
@@ -216,6 +217,10 @@ class DeepFusion:
             optimisation=replace(optimisation, batch_size=domains * optimisation.batch_size),
         )
         return assembly.trained(site, "reference/", text, training=training, noise=self.merge.noise, tuning=self.tune)
+
+    def hosted(self, own: PreTrainedConfig, target: PreTrainedConfig) -> PreTrainedConfig:
+        """The device's own model, whatever the MoE."""
+        return own
 
     def faults_with(self, devices: FleetOptions, data: DataOptions, target: TargetOptions) -> Iterator[str]:
         """See `Method.faults_with`."""

@@ -129,36 +129,51 @@ def answer_with_model(device: Device, request: Payload, embed: Embedding) -> Pay
         eos_id=int(request.metadata["eos_id"]),
         tokenizer_folder=device.tokenizer,
     )
-    if sent := _with_prefix(request, MODEL):
+    if sent := with_prefix(request, MODEL):
         load_distinct(model, sent)
-    started_from = models.init_id(model)
-    steps = steps_for(
-        device.corpus.num_tokens, device.sequence_length, device.training, device.epochs, device.max_steps
-    )
-    history = train_causal_lm(
-        model,
-        PackedText(device.corpus, device.sequence_length, device.seed),
-        steps=steps,
-        optimisation=device.training,
-        seed=device.seed,
-        label=device.id,
-        scratch=device.scratch,
-    )
+    told = train_here(device, model)
     run_seed = int(request.metadata["run_seed"])
-    vector_D = embed.embed(device.corpus, _with_prefix(request, PUBLISHED), run_seed, noise_seed=device.seed)
+    vector_D = embed.embed(device.corpus, with_prefix(request, PUBLISHED), run_seed, noise_seed=device.seed)
     arrays = {MODEL + name: tensor.detach().cpu() for name, tensor in distinct_state(model).items()}
     arrays[EMBEDDING] = torch.from_numpy(vector_D).half()
-    return Payload("model", arrays, {
+    return Payload("model", arrays, {**told, "architecture": device.model.name})
+
+
+def train_here(
+    device: Device, model: PreTrainedModel, *, balance: float = 0.0, part: int = 0, parts: int = 1
+) -> dict[str, str | int | float | bool]:
+    """On the device: train a model in place on the device's text; what the answer says of it.
+
+    Args:
+        balance: weight of the balance loss over the experts of a MoE.
+        part, parts: of the device's steps, which are the same in sum whatever the number of parts.
+    """
+    started_from = models.init_id(model)
+    length, training = device.sequence_length, device.training
+    steps = steps_for(device.corpus.num_tokens, length, training, device.epochs, device.max_steps)
+    first, stop = steps * part // parts, steps * (part + 1) // parts
+    history = train_causal_lm(
+        model,
+        PackedText(device.corpus, length, device.seed),
+        steps=stop - first,
+        optimisation=training,
+        seed=device.seed if parts == 1 else derive_seed(device.seed, "part", part),
+        label=device.id,
+        first_step=first,
+        balance=balance,
+        scratch=device.scratch / started_from if device.scratch else None,
+    )
+    told: dict[str, str | int | float | bool] = {
         "device": device.id,
-        "architecture": device.model.name,
         "init_id": started_from,
         "documents": len(device.corpus),
         "tokens": device.corpus.num_tokens,
         "parameters": num_parameters(model.config),
-        "steps": steps,
-        "first_loss": round(history[0]["loss"], 4),
-        "last_loss": round(history[-1]["loss"], 4),
-    })  # fmt: skip
+        "steps": stop - first,
+    }
+    if history:
+        told |= {"first_loss": round(history[0]["loss"], 4), "last_loss": round(history[-1]["loss"], 4)}
+    return told
 
 
 def collect_uploads(
@@ -181,21 +196,25 @@ def collect_uploads(
         check_state({k: t for k, t in payload.arrays.items() if k != EMBEDDING}, shapes[name], device_id)
         check_embedding(payload, embedding_size, device_id)
 
-    return [read_upload(path) for path in spool_answers(site, call, requests, check, key).values()]
+    files = spool_answers(site, call, requests, check, key)
+    site.reached("uploads")
+    return [read_upload(path) for path in files.values()]
 
 
-def spool_answers(site: Site, call: Call, requests: Mapping[str, Payload], check: Check, key: str) -> dict[str, Path]:
+def spool_answers(
+    site: Site, call: Call, requests: Mapping[str, Payload], check: Check, key: str, place: str = "uploads"
+) -> dict[str, Path]:
     """Ask the devices whose answer is not on the disk yet; the files of the good answers, in the order of `requests`.
 
     Args:
         check: see `collect`; what it refuses becomes a note of the run.
         key: hash of what the answers depend on; answers of another key are thrown away.
+        place: folder of the answers within the run's.
     """
-    spool = Spool(site.folder / "uploads", key)
+    spool = Spool(site.folder / place, key)
     have = collect(call, requests, spool, check)
     for device_id, reason in spool.rejected().items():
         site.note(f"upload of {device_id} was refused: {reason}")
-    site.reached("uploads")
     return {device_id: spool.path(device_id) for device_id in have}
 
 
@@ -245,7 +264,8 @@ def probe_uploads(
     return [replace(upload, embedding_D=row) for upload, row in zip(uploads, embedding_ND, strict=True)]
 
 
-def _with_prefix(payload: Payload, prefix: str) -> State:
+def with_prefix(payload: Payload, prefix: str) -> State:
+    """The payload's tensors whose names begin so, under the rest of their names."""
     return {name.removeprefix(prefix): t for name, t in payload.arrays.items() if name.startswith(prefix)}
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens on a device: its own model is trained on its own text with plain cross-entropy (DeepFusion, eq. 2)."""
+"""What happens on a device: a model is trained on its own text with plain cross-entropy (DeepFusion, eq. 2)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from transformers import PreTrainedModel
 from deepfusion.data.packing import PackedText
 from deepfusion.devices.features import forward
 from deepfusion.fused import Scores
-from deepfusion.losses import next_token_losses
+from deepfusion.losses import balance_loss, next_token_losses
+from deepfusion.moe import families
+from deepfusion.moe.base import router_logits
 from deepfusion.training import Checkpoint, Optimisation, accelerator, fit
 from deepfusion.types import Progress, silent
 
@@ -33,12 +35,18 @@ def train_causal_lm(
     optimisation: Optimisation,
     seed: int,
     label: str,
+    first_step: int = 0,
+    balance: float = 0.0,
     scratch: Path | None = None,
     progress: Progress = silent,
 ) -> list[dict[str, float]]:
     """Train `model` in place on `text` by next-token cross-entropy over counted tokens; returns the history.
 
     Used on a device for its private text and on the server for warm starts on public text.
+
+    Args:
+        first_step: steps that have read of this text before; this training reads on from there.
+        balance: weight of the balance loss over the experts of a MoE.
     """
     compute = accelerator(optimisation.precision)
     model.to(compute.device).train()
@@ -49,10 +57,14 @@ def train_causal_lm(
     def backward(step: int) -> dict[str, float]:
         loss_sum = 0.0
         for part in range(optimisation.accumulate):
-            batch = text.batch(step * optimisation.accumulate + part, micro).to(compute.device)
-            with compute.autocast():
+            batch = text.batch((first_step + step) * optimisation.accumulate + part, micro).to(compute.device)
+            with compute.autocast(), router_logits(model) as routed:
                 logits_BTV = forward(model, batch).logits_BTV
             loss, _ = next_token_losses(Scores(logits_BTV), [], batch, temperature=1.0)
+            if balance:
+                family, top = families[model.config.model_type], int(model.config.num_experts_per_tok)
+                shares = [family.probabilities(logits_RE.float()) for logits_RE in routed]
+                loss = loss + balance * balance_loss(shares, top, batch.valid_BT)
             compute.backward(loss / optimisation.accumulate)
             loss_sum += float(loss.detach())
             del logits_BTV, loss  # or they would live on beside the next step's

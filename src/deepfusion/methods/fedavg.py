@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FedAvg (McMahan et al., arXiv 1602.05629) of the whole MoE: the upper bound in memory and traffic (baselines, section 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from deepfusion.devices.device import Device
+from deepfusion.federation.payload import read_file
+from deepfusion.methods import exchange, rounds
+from deepfusion.methods.base import Site, methods
+from deepfusion.stages.proxy import MODEL
+from deepfusion.state_dicts import average, distinct_state
+from deepfusion.types import Call, Payload, State
+
+
+@methods.register("fedavg")
+@dataclass(frozen=True, kw_only=True)
+class FedAvg(rounds.Rounds):
+    """Every device trains the whole MoE; the server averages all parameters, by the devices' tokens."""
+
+    stages: ClassVar[tuple[str, ...]] = ("data", "start/trained", "start/merged", "rounds", "moe")
+
+    def client(self, device: Device, request: Payload) -> Payload:
+        """Train the MoE on the round's part of the device's text."""
+        return rounds.train_what_was_sent(device, request, self.balance)
+
+    def server(self, site: Site, call: Call) -> Path:
+        """Rounds of sending, training and averaging; then the tuning on public text that every method ends with."""
+        moe = self.begin(site)
+        for number in range(self.rounds):
+            moe = self.run_round(site, call, number, moe)
+        site.reached("rounds")
+        return self.finish(site, moe)
+
+    def run_round(self, site: Site, call: Call, number: int, moe: Path) -> Path:
+        """Send the model to all participants and average what comes back."""
+
+        def ask(model: PreTrainedModel) -> dict[str, Payload]:
+            sent = rounds.request(distinct_state(model), model.config, self.rounds)
+            return {card.id: sent for card in self.participants(site, number)}
+
+        return rounds.run_round(site, call, number, moe, ask, _mean, self.rounds, self.participation, self.balance)
+
+    def hosted(self, own: PreTrainedConfig, target: PreTrainedConfig) -> PreTrainedConfig:
+        """The whole MoE."""
+        return target
+
+
+def _mean(_model: PreTrainedModel, files: Mapping[str, Path]) -> State:
+    """The answers' mean by tokens; one is in memory at a time."""
+    answers = ((device, read_file(path, source=f"device {device}")) for device, path in files.items())
+    return average(
+        (device, exchange.with_prefix(answer, MODEL), rounds.tokens_of(answer)) for device, answer in answers
+    )

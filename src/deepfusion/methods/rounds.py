@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods that train the target MoE itself in the federation, round after round: what they share (baselines, section 9).
+
+The server sends (parts of) the model, participants train them on a part of their private tokens, the server averages what
+comes back. All of the server's public tokens go into the last tuning, which is the same for every method.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from deepfusion.artifacts import file_digest, key_of
+from deepfusion.data.options import DataOptions
+from deepfusion.data.packing import PackedText
+from deepfusion.devices import models
+from deepfusion.devices.device import Device
+from deepfusion.devices.fleet import DeviceCard, FleetOptions
+from deepfusion.federation.payload import check_metadata, check_state
+from deepfusion.methods import assembly, exchange
+from deepfusion.methods.base import Site, TargetOptions, family_faults, precision_faults
+from deepfusion.stages.proxy import MODEL
+from deepfusion.stages.tune import TuneOptions
+from deepfusion.state_dicts import distinct_state, load_distinct
+from deepfusion.training import derive_seed
+from deepfusion.types import Call, Payload, State
+
+Ask = Callable[[PreTrainedModel], Mapping[str, Payload]]
+"""`ask(model)`: this round's requests by device id, made of the model of the round before."""
+Fold = Callable[[PreTrainedModel, Mapping[str, Path]], State]
+"""`fold(model, answers)`: the next model's `distinct_state`, out of the last one and the files of the good answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounds:
+    """Options of a method in rounds.
+
+    Attributes:
+        rounds: how often the devices train; a device reads its text in equal parts, one a round.
+        participation: share of the devices that are asked in a round.
+        balance: weight of the balance loss over the experts, on the devices.
+        noise: on the copies of the base's FFN that the experts start as, see [merge].
+        warm_start: [warm_start] of the base, on public text.
+        tune: [tune] of the last model on public text; there are no teachers.
+    """
+
+    rounds: int = 4
+    participation: float = 1.0
+    balance: float = 0.01
+    noise: float = 0.01
+    warm_start: exchange.WarmStart = field(default_factory=exchange.WarmStart)
+    tune: TuneOptions = field(default_factory=TuneOptions)
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with the values, and the cure."""
+        if self.rounds < 1:
+            yield f"rounds = {self.rounds}: no device would train; choose at least 1"
+        if not 0 < self.participation <= 1:
+            yield f"participation = {self.participation}: not a share of the devices; choose a number above 0, up to 1"
+        if not 0 <= self.balance < float("inf"):
+            yield f"balance = {self.balance}: must be finite and not negative; use 0 to switch this loss off"
+        if self.warm_start.steps < 1:
+            yield "[warm_start] steps = 0: the experts are copies of a trained base; give it at least 1 step"
+
+    def faults_with(self, devices: FleetOptions, data: DataOptions, target: TargetOptions) -> Iterator[str]:
+        """See `Method.faults_with`."""
+        yield from precision_faults(
+            {"warm_start.training": self.warm_start.training, "tune.optimisation": self.tune.optimisation}
+        )
+        yield from family_faults(data, target)
+
+    def begin(self, site: Site) -> Path:
+        """The MoE that the first round sends: the base, trained on public text, copied to all experts."""
+        training = assembly.TextTraining(steps=self.warm_start.steps, optimisation=self.warm_start.training)
+        return assembly.upcycled(site, "start/", _public(site), training=training, noise=self.noise)
+
+    def finish(self, site: Site, moe: Path) -> Path:
+        """Tune the last round's MoE on public text."""
+        return assembly.tuned_on_text(site, "moe", moe, _public(site), _digest(moe), options=self.tune)
+
+    def reference(self, site: Site) -> Path:
+        """The same without the rounds."""
+        start = self.begin(site)
+        return assembly.tuned_on_text(site, "reference/moe", start, _public(site), _digest(start), options=self.tune)
+
+    def participants(self, site: Site, number: int) -> list[DeviceCard]:
+        """Who is asked in round `number`, in the fleet's order."""
+        count = max(1, round(self.participation * len(site.cards)))
+        drawn = np.random.default_rng(derive_seed(site.seed, "round", number)).permutation(len(site.cards))[:count]
+        return [site.cards[index] for index in sorted(drawn)]
+
+
+def run_round(site: Site, call: Call, number: int, moe: Path, ask: Ask, fold: Fold, *parts: object) -> Path:
+    """One round as the stage `rounds/<number>`: ask, wait for the answers, fold them into the next model.
+
+    An answer must hold the very tensors that its device was sent, in the same shapes.
+
+    Args:
+        moe: the model of the round before.
+        parts: keys of what the answers and their folding depend on.
+    """
+    inputs = (number, _digest(moe), site.fleet, site.data_key, site.sequence_length, *parts)
+    key, place = key_of("round", site.seed, *inputs), f"uploads/round-{number}"
+
+    def make(folder: Path) -> None:
+        model = models.load(moe)
+        kind = str(model.config.model_type)
+        requests = {
+            device: replace(payload, metadata={**payload.metadata, "architecture": kind, "init_id": key}, round=number)
+            for device, payload in ask(model).items()
+        }
+
+        def check(device_id: str, payload: Payload) -> None:
+            check_metadata(payload, device_id, kind, key)
+            check_state(payload.arrays, requests[device_id].arrays, device_id)
+
+        files = exchange.spool_answers(site, call, requests, check, key, place)
+        load_distinct(model, fold(model, files))
+        models.save(model, folder, site.data.tokenizer)
+
+    folder = site.keep(f"rounds/{number}", make, *inputs)
+    shutil.rmtree(site.folder / place, ignore_errors=True)  # the answers are in the model now
+    return folder
+
+
+def request(state: State, config: PreTrainedConfig, parts: int) -> Payload:
+    """What asks a device to train a model: its tensors, its configuration, and in how many parts devices read their text."""
+    arrays = {MODEL + name: tensor for name, tensor in state.items()}
+    return Payload("model", arrays, {"config": config.to_json_string(use_diff=False), "parts": parts})
+
+
+def train_what_was_sent(device: Device, request: Payload, balance: float) -> Payload:
+    """On the device: train the model of a request on the request's part of the text, and answer with it."""
+    model = models.from_config(models.config_from_json(str(request.metadata["config"])), seed=0)
+    load_distinct(model, exchange.with_prefix(request, MODEL))
+    told = exchange.train_here(device, model, balance=balance, part=request.round, parts=int(request.metadata["parts"]))
+    arrays = {MODEL + name: tensor.detach().cpu() for name, tensor in distinct_state(model).items()}
+    echoed = {name: request.metadata[name] for name in ("architecture", "init_id")}
+    return Payload("model", arrays, {**told, **echoed}, round=request.round)
+
+
+def tokens_of(answer: Payload) -> int:
+    """What an answer weighs in an average: the tokens that its device reads; one where it has no text."""
+    return max(1, int(answer.metadata["tokens"]))
+
+
+def _public(site: Site) -> PackedText:
+    return PackedText(site.data.public, site.sequence_length, derive_seed(site.seed, "public"))
+
+
+def _digest(folder: Path) -> list[str]:
+    return [file_digest(path) for path in sorted(folder.glob("*.safetensors"))]

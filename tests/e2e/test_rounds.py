@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods in rounds: the whole way on a tiny fleet, their ledger, and what an average of one or of equal devices is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deepfusion.app import launch
+from deepfusion.artifacts import RunFolder
+from deepfusion.config import load_config, parse_config
+from deepfusion.data.prepare import load_prepared
+from deepfusion.devices import models
+from deepfusion.devices.fleet import cards
+from deepfusion.errors import ConfigError, MemoryLimitError
+from deepfusion.methods import FedAvg, exchange
+from deepfusion.record import Record
+from deepfusion.run import CONFIG, Notes, make_device, make_site
+from deepfusion.stages.local import steps_for
+from deepfusion.state_dicts import distinct_state
+from deepfusion.types import Payload
+from small_world import small_tree, write_text
+
+WARM = {"steps": 3, "training": {"batch_size": 4, "learning_rate": 3e-3}}
+
+
+def tree_of(root: Path, method: str, **changes: Any) -> dict[str, Any]:
+    tree = small_tree(root, method=method, warm_start=WARM, **changes)
+    for section in ("cluster", "distillation"):
+        del tree[section]
+    return tree
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    write_text(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fedavg(root: Path) -> tuple[Path, Record]:
+    record = launch(parse_config(tree_of(root, "fedavg", rounds=2)), root / "fedavg")
+    assert record is not None
+    return root / "fedavg", record
+
+
+def test_the_ledger_is_two_whole_models_a_device_and_round(fedavg: tuple[Path, Record]) -> None:
+    folder, record = fedavg
+    numbers = 4 * sum(tensor.numel() for tensor in distinct_state(models.load(folder / "moe")).values())
+    rows = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * 2 * len(record.devices)
+    for row in rows:
+        assert numbers < row["bytes"] < numbers + 20_000, "the model's numbers, and a header"
+    assert {row["round"] for row in rows} == {0, 1}
+    assert sum(row["bytes"] for row in rows) == record.ledger.total_bytes
+
+
+def test_every_round_is_scored_and_the_rounds_beat_public_text_alone(fedavg: tuple[Path, Record]) -> None:
+    record = fedavg[1]
+    assert [len(metrics.domains) for metrics in record.rounds] == [3, 3]
+    assert record.rounds[1].log_perplexity < record.rounds[0].log_perplexity
+    assert record.baselines.public_only is not None
+    assert record.metrics.log_perplexity < record.baselines.public_only.log_perplexity
+
+
+def test_a_second_run_in_the_folder_trains_nothing_again_and_a_lost_round_comes_back_the_same(
+    fedavg: tuple[Path, Record], root: Path
+) -> None:
+    folder, record = fedavg
+    before = {name: (folder / name / "model.safetensors").read_bytes() for name in ("rounds/1", "moe")}
+    for name in ("rounds/1", "moe"):
+        (folder / name / "model.safetensors").unlink()
+        (folder / name / ".stage.json").unlink()
+    sent = (folder / "ledger.jsonl").read_text().count("\n")
+    again = launch(parse_config(tree_of(root, "fedavg", rounds=2)), folder, resume=True)
+    assert again is not None
+    assert again.metrics == record.metrics
+    assert (folder / "ledger.jsonl").read_text().count("\n") == sent + 2 * len(record.devices), "one round was lost"
+    assert {name: (folder / name / "model.safetensors").read_bytes() for name in before} == before
+
+
+def test_one_device_and_one_round_are_plain_training(fedavg: tuple[Path, Record], root: Path) -> None:
+    """... to the last bit: what is sent, trained and averaged is the model that training here gives."""
+    tree = tree_of(root, "fedavg", rounds=1, balance=0.0)
+    tree["devices"] |= {"count": 1}
+    config = parse_config(tree)
+    launch(config, root / "alone", until="rounds")
+    folder = RunFolder(root / "alone")
+    (card,) = cards(config.devices, config.seed)
+    device = make_device(config, folder, card)
+    model = models.load(folder / "start" / "merged")
+    exchange.train_here(replace(device, scratch=None), model)
+    fused = distinct_state(models.load(folder / "rounds" / "0"))
+    assert all(torch.equal(tensor, fused[name]) for name, tensor in distinct_state(model).items())
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 100])
+def test_a_device_reads_its_text_in_parts_that_are_the_whole(
+    parts: int, fedavg: tuple[Path, Record], root: Path
+) -> None:
+    config = load_config(fedavg[0] / CONFIG)
+    card = cards(config.devices, config.seed)[0]
+    device = replace(make_device(config, RunFolder(fedavg[0]), card), scratch=None)
+    model = models.load(fedavg[0] / "start" / "merged")
+    steps = [int(exchange.train_here(device, model, part=part, parts=parts)["steps"]) for part in range(parts)]
+    whole = steps_for(device.corpus.num_tokens, 32, device.training, device.epochs, device.max_steps)
+    assert sum(steps) == whole
+    assert max(steps) - min(steps) <= 1
+
+
+def test_a_share_of_the_devices_takes_part_in_a_round(fedavg: tuple[Path, Record]) -> None:
+    config = load_config(fedavg[0] / CONFIG)
+    folder = RunFolder(fedavg[0])
+    site = make_site(config, folder, load_prepared(folder / "data"))
+    method = FedAvg(participation=0.5)
+    asked = [tuple(card.id for card in method.participants(site, number)) for number in range(20)]
+    assert {len(ids) for ids in asked} == {3}
+    assert len(set(asked)) > 5, "drawn anew in each round"
+    assert asked == [tuple(card.id for card in method.participants(site, number)) for number in range(20)]
+    assert [tuple(card.id for card in FedAvg().participants(site, 0))] == [tuple(card.id for card in site.cards)]
+
+
+def test_an_answer_of_another_round_or_shape_is_refused(fedavg: tuple[Path, Record], tmp_path: Path) -> None:
+    config, notes = load_config(fedavg[0] / CONFIG), Notes()
+    site = make_site(config, RunFolder(tmp_path), load_prepared(fedavg[0] / "data"), note=notes)
+
+    def call(requests: Mapping[str, Payload]) -> Iterator[tuple[str, Payload]]:
+        (first, request), (second, other), (third, good), *_ = requests.items()
+        told = {"device": first, "tokens": 5, "documents": 1, "architecture": "qwen2_moe"}
+        yield first, Payload("model", request.arrays, {**told, "init_id": "of another round"})
+        short = {name: tensor[:1] for name, tensor in other.arrays.items()}
+        yield second, Payload("model", short, {**told, "device": second, "init_id": other.metadata["init_id"]})
+        yield third, Payload("model", good.arrays, {**told, "device": third, "init_id": good.metadata["init_id"]})
+
+    start = fedavg[0] / "start" / "merged"
+    method = FedAvg()
+    moe = method.run_round(site, call, 7, start)
+    assert len([note for note in notes.sentences if "was refused" in note]) == 2
+    before, after = (distinct_state(models.load(path)) for path in (start, moe))
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items()), (
+        "the good one sent back what it was sent"
+    )
+
+
+def test_devices_that_cannot_hold_the_whole_model_are_refused_and_counted(root: Path) -> None:
+    tree = tree_of(root, "fedavg", rounds=1)
+    small = {"id": "phone", "model": "gpt2", "files": ["garden/private.jsonl"], "memory_limit_gib": 1e-3}
+    tree["devices"] |= {"count": 2, "named": [small]}
+    with pytest.raises(MemoryLimitError, match=r"phone \(qwen2_moe\) needs"):
+        launch(parse_config(tree), root / "stopped")
+    tree["devices"] |= {"unfit": "leave out"}
+    record = launch(parse_config(tree), root / "left")
+    assert record is not None
+    assert [device.id for device in record.devices] == ["device-000", "device-001"]
+    assert "needs" in record.failures["phone"]
+    assert any("1 devices are left out" in note for note in record.notes)
+    tree["devices"] |= {"memory_limit_gib": 1e-3}
+    with pytest.raises(MemoryLimitError):
+        launch(parse_config(tree), root / "nobody")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rounds": 0}, "rounds = 0: no device would train"),
+        ({"participation": 0.0}, "participation = 0.0: not a share"),
+        ({"balance": -1.0}, "balance = -1.0: must be finite"),
+        ({"warm_start": {"steps": 0}}, r"\[warm_start\] steps = 0"),
+    ],
+)
+def test_values_that_cannot_work_are_named(change: dict[str, Any], said: str, root: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        parse_config({**tree_of(root, "fedavg"), **change})
