@@ -62,11 +62,19 @@ class Scores(NamedTuple):
         return hidden if self.weight_VH is None else functional.linear(hidden, self.weight_VH, self.bias_V)
 
 
+class WeighedTeacher(NamedTuple):
+    """A teacher's scores, its weight at every position, and the exponent of its soft targets (see `TeacherScores`)."""
+
+    scores: Scores
+    weight_R: torch.Tensor
+    exponent: float
+
+
 class _Chunk(NamedTuple):
-    """Positions with the same teachers, and each teacher with its weight at every position."""
+    """Positions with the same teachers, and those."""
 
     rows: slice | torch.Tensor
-    teachers: list[tuple[Scores, torch.Tensor]]
+    teachers: list[WeighedTeacher]
 
 
 def _chunk_size(scores: Scores) -> int:
@@ -74,12 +82,12 @@ def _chunk_size(scores: Scores) -> int:
     return max(1, CHUNK_ELEMENTS.get(scores.hidden_BTH.device.type, 1 << 22) // scores.vocab_size)
 
 
-def _chunks(row_Q: torch.Tensor, student: Scores, teachers: list[tuple[Scores, torch.Tensor]]) -> Iterator[_Chunk]:
+def _chunks(row_Q: torch.Tensor, student: Scores, teachers: Sequence[WeighedTeacher]) -> Iterator[_Chunk]:
     """The positions, those that hear the same teachers together: as slices, which copy nothing, where it is all of them."""
     positions, size = len(student.hidden_BTH), _chunk_size(student)
     heard_Q = torch.zeros_like(row_Q)
-    for number, (_, weight_R) in enumerate(teachers):
-        heard_Q += (weight_R[row_Q] != 0).long() << number
+    for number, teacher in enumerate(teachers):
+        heard_Q += (teacher.weight_R[row_Q] != 0).long() << number
     for heard in heard_Q.unique().tolist():
         mine = [teacher for number, teacher in enumerate(teachers) if heard >> number & 1]
         row_P = row_Q[heard_Q == heard]
@@ -115,20 +123,20 @@ class _Tile(NamedTuple):
 
     Attributes:
         logits_CV: the student's; their gradient afterwards.
-        teachers: each one's logits, and its weight at every position, [C, 1].
+        teachers: each one's logits, its weight at every position, [C, 1], and its exponent.
         target_C1: next tokens.
         mean_C1: weight of each position's cross-entropy.
     """
 
     logits_CV: torch.Tensor
-    teachers: list[tuple[torch.Tensor, torch.Tensor]]
+    teachers: list[tuple[torch.Tensor, torch.Tensor, float]]
     target_C1: torch.Tensor
     mean_C1: torch.Tensor
 
     def split(self, size: int) -> Iterator[_Tile]:
         """Itself in parts of `size` positions."""
         for rows in (slice(begin, begin + size) for begin in range(0, len(self.target_C1), size)):
-            teachers = [(teacher_CV[rows], weight_C1[rows]) for teacher_CV, weight_C1 in self.teachers]
+            teachers = [(teacher_CV[rows], weight_C1[rows], power) for teacher_CV, weight_C1, power in self.teachers]
             yield _Tile(self.logits_CV[rows], teachers, self.target_C1[rows], self.mean_C1[rows])
 
     def differentiate(self, tau: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,17 +146,26 @@ class _Tile(NamedTuple):
         soft_CV = logits_CV if tau == 1 or not self.teachers else logits_CV / tau
         divergence_C1, weights_C1 = torch.zeros_like(mean_C1), torch.zeros_like(mean_C1)
         pull_CV: torch.Tensor | None = None
-        for teacher_CV, weight_C1 in self.teachers:
+        for teacher_CV, weight_C1, exponent in self.teachers:
             if tau != 1:
                 teacher_CV /= tau
             teacher_CV -= teacher_CV.amax(-1, keepdim=True)
             q_CV = teacher_CV.exp()
             q_total_C1 = q_CV.sum(-1, keepdim=True)
-            # KL = sum q (log q - log p), with log q and log p up to what their own sums add
-            gap_CV = teacher_CV.sub_(soft_CV)
-            divergence_C1 += weight_C1 * (torch.linalg.vecdot(q_CV, gap_CV)[:, None] / q_total_C1 - q_total_C1.log())
-            weights_C1 += weight_C1
-            q_CV *= weight_C1 / q_total_C1
+            if exponent == 1:
+                # KL = sum q (log q - log p), with log q and log p up to what their own sums add
+                gap_CV = teacher_CV.sub_(soft_CV)
+                divergence_C1 += weight_C1 * (
+                    torch.linalg.vecdot(q_CV, gap_CV)[:, None] / q_total_C1 - q_total_C1.log()
+                )
+                weights_C1 += weight_C1
+                q_CV *= weight_C1 / q_total_C1
+            else:
+                q_CV /= q_total_C1
+                confident_C1 = (1 + q_CV.gather(1, target_C1)).pow_(exponent) - 1
+                q_CV.pow_(exponent).scatter_(1, target_C1, confident_C1).mul_(weight_C1)
+                divergence_C1 -= torch.linalg.vecdot(q_CV, soft_CV)[:, None]
+                weights_C1 += q_CV.sum(-1, keepdim=True)
             pull_CV = q_CV if pull_CV is None else pull_CV.add_(q_CV)
         logp_C1 = logits_CV.gather(1, target_C1)
         # d/dz of the cross-entropy is softmax(z) - onehot(target); of tau^2 KL tau (softmax(z/tau) - q)
@@ -197,7 +214,7 @@ class _Gradients:
 
 
 class FusedTokenLoss(torch.autograd.Function):
-    """(hidden_RH, weight_VH, bias_V, row_Q, target_R, mean_R, tau, [(teacher, weight_R)]) -> loss, cross-entropy, weighted KL.
+    """(hidden_RH, weight_VH, bias_V, row_Q, target_R, mean_R, tau, [WeighedTeacher]) -> loss, cross-entropy, weighted KL.
 
     Only `row_Q` of the R positions are looked at. The last two outputs carry no gradient.
     """
@@ -216,8 +233,8 @@ class FusedTokenLoss(torch.autograd.Function):
             whole = _Tile(
                 rooms.logits(0, student, row_C),
                 [
-                    (rooms.logits(number, teacher, row_C), weight_R[row_C, None].to(dtype))
-                    for number, (teacher, weight_R) in enumerate(heard, start=1)
+                    (rooms.logits(number, scores, row_C), weight_R[row_C, None].to(dtype), exponent)
+                    for number, (scores, weight_R, exponent) in enumerate(heard, start=1)
                 ],
                 target_R[row_C, None],
                 mean_R[row_C, None].to(dtype),

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch.nn import functional
 
-from deepfusion.fused import FusedTokenLoss, Scores
+from deepfusion.fused import FusedTokenLoss, Scores, WeighedTeacher
 from deepfusion.types import Batch
 
 
@@ -21,12 +21,15 @@ class TeacherScores(NamedTuple):
         weight: factor of its KL in the loss: beta * omega in eq. (11).
         matched_BT: bool, positions at which it speaks (all that hold a token, when the tokenizer is shared).
         trusted_B: bool, rows on which it is listened to (`listen`); all when left out.
+        exponent: g of OFA-KD (arXiv 2310.19444, eq. 8): not the KL but -sum_v ((q_v + 1{v=c})^g - 1{v=c}) log p_v is
+            minimised, where c is the next token; at g = 1 that is the KL plus the teacher's entropy.
     """
 
     scores: Scores
     weight: float
     matched_BT: torch.Tensor
     trusted_B: torch.Tensor | None = None
+    exponent: float = 1.0
 
 
 class TokenLosses(NamedTuple):
@@ -63,22 +66,22 @@ def next_token_losses(
     counted_BT[:, :-1] = batch.counted_BT[:, 1:] & batch.valid_BT[:, 1:]
     target_BT = batch.input_ids_BT.roll(-1, dims=1)
     mean_R = _mean_weights(counted_BT)
-    kl_weights: list[torch.Tensor] = []
+    soft: list[WeighedTeacher] = []
     used_R = counted_BT.flatten()
     for teacher in teachers:
-        matched_BT, weight_R = teacher.matched_BT, teacher.weight * _mean_weights(teacher.matched_BT)
+        matched_BT = teacher.matched_BT
+        if teacher.exponent != 1:
+            matched_BT = matched_BT & functional.pad(batch.valid_BT[:, 1:], (0, 1))  # where there is a next token
+        weight_R = teacher.weight * _mean_weights(matched_BT)
         if teacher.trusted_B is not None:
             trusted_BT = teacher.trusted_B[:, None].expand_as(matched_BT)
             matched_BT, weight_R = matched_BT & trusted_BT, weight_R * trusted_BT.flatten()
-        kl_weights.append(weight_R)
+        soft.append(WeighedTeacher(teacher.scores.detached().flat(), weight_R, teacher.exponent))
         used_R = used_R | matched_BT.flatten()
     row_Q = used_R.nonzero().squeeze(-1)
-    soft = [
-        (teacher.scores.detached().flat(), weight_R) for teacher, weight_R in zip(teachers, kl_weights, strict=True)
-    ]
     parts = FusedTokenLoss.apply(*student.flat(), row_Q, target_BT.flatten(), mean_R, temperature, soft)
     loss, cross_entropy, divergence = cast(tuple[torch.Tensor, ...], parts)
-    heard = sum(float(weight_R.sum()) for weight_R in kl_weights)
+    heard = sum(float(weight_R.sum()) for _, weight_R, _ in soft)
     return loss, TokenLosses(cross_entropy, divergence / heard if heard else divergence)
 
 

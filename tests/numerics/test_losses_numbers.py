@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
 from torch.nn.functional import cross_entropy, log_softmax
 
 from deepfusion import fused
@@ -304,3 +307,45 @@ def test_balance_loss_ignores_padding_and_has_a_gradient() -> None:
     assert torch.equal(balance_loss([moved_RE.softmax(-1)], 2, valid_BT), loss)
     assert float(gradient[valid_BT.flatten()].abs().max()) > 0
     assert float(gradient[~valid_BT.flatten()].abs().max()) == 0
+
+
+@pytest.mark.parametrize("exponent", [1.0, 1.5, 3.0])
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+def test_the_loss_of_ofa_agrees_with_its_formula(exponent: float, tau: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """-sum_v ((q_v + 1{v=c})^g - 1{v=c}) log p_v, the mean over positions that have a next token (times tau^2)."""
+    monkeypatch.setitem(fused.CHUNK_ELEMENTS, "cpu", 4 * V)
+    monkeypatch.setitem(fused.TILE_ELEMENTS, "cpu", 3 * V)
+    batch, student = batch_of(padded=True), logits(1).requires_grad_()
+    teacher = logits(2).requires_grad_()
+    matched_BT = batch.valid_BT & functional.pad(batch.valid_BT[:, 1:], (0, 1))
+    told = TeacherScores(Scores(teacher), 0.7, matched_BT, exponent=exponent)
+    unlabelled = replace(batch, counted_BT=torch.zeros_like(batch.counted_BT))
+    loss, _ = next_token_losses(Scores(student), [told], unlabelled, tau)
+    (gradient,) = torch.autograd.grad(loss, student)
+
+    label_BT = batch.input_ids_BT.roll(-1, 1)[matched_BT]
+    one_RV = functional.one_hot(label_BT, V).double()
+    q_RV = (teacher.detach() / tau).softmax(-1)[matched_BT].clamp(1e-8, 1)
+    soft_RV = (q_RV + one_RV) ** exponent - one_RV
+    expected = -0.7 * tau**2 * (soft_RV * log_softmax(student / tau, -1)[matched_BT]).sum(-1).mean()
+    (expected_gradient,) = torch.autograd.grad(expected, student)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-7, atol=1e-9)
+    entropy = -0.7 * tau**2 * (q_RV * q_RV.log()).sum(-1).mean() if exponent == 1 else 0.0  # the KL leaves it out
+    torch.testing.assert_close(loss, expected - entropy, rtol=1e-7, atol=1e-9)
+    assert float(expected.detach()) >= 0
+    assert teacher.grad is None
+
+
+def test_above_one_the_exponent_gives_the_next_token_more_weight_the_surer_the_teacher_is() -> None:
+    shares = []
+    for boost in (0.0, 2.0, 4.0):
+        batch, student = batch_of(1), torch.zeros(B, T, V, dtype=torch.float64, requires_grad=True)
+        label_BT1 = batch.input_ids_BT.roll(-1, 1)[..., None]
+        teacher = torch.zeros(B, T, V, dtype=torch.float64).scatter(2, label_BT1, boost)
+        told = TeacherScores(Scores(teacher), 1.0, batch.valid_BT, exponent=2.0)
+        unlabelled = replace(batch, counted_BT=torch.zeros_like(batch.counted_BT))
+        loss, _ = next_token_losses(Scores(student), [told], unlabelled, 1.0)
+        (gradient,) = torch.autograd.grad(loss, student)
+        shares.append(float(-gradient[0, 0].gather(0, label_BT1[0, 0])))
+    assert shares == sorted(shares)
+    assert shares[0] < shares[-1]

@@ -170,7 +170,7 @@ def test_the_logits_rule_is_vaa_without_features(world: World, tmp_path: Path) -
     run(world, tmp_path / "logits", rule=Logits())
     run(world, tmp_path / "vaa", rule=Vaa(), alpha=0.0)
     assert file_bytes(tmp_path / "logits") == file_bytes(tmp_path / "vaa")
-    assert list(rules) == ["logits", "vaa"]
+    assert list(rules) == ["logits", "ofa", "vaa"]
 
 
 def teachers_at_work(world: World, rule: Rule, *, seed: int = 0) -> list[Teacher]:

@@ -3,7 +3,7 @@
 
 from deepfusion.methods.base import Method, TargetOptions, methods
 from deepfusion.methods.centralised import Centralised
-from deepfusion.methods.deepfusion import DeepFusion
+from deepfusion.methods.deepfusion import DeepFusion, FedMktOneShot, OfaKd
 from deepfusion.methods.fedavg import FedAvg
 
-__all__ = ["Centralised", "DeepFusion", "FedAvg", "Method", "TargetOptions", "methods"]
+__all__ = ["Centralised", "DeepFusion", "FedAvg", "FedMktOneShot", "Method", "OfaKd", "TargetOptions", "methods"]

@@ -242,3 +242,19 @@ class DeepFusion:
                 family.student_config(config, slices=self.merge.slices(wanted, family.num_experts(config)))
         except ModelError as error:
             yield str(error)
+
+
+@methods.register("ofa")
+@dataclass(frozen=True, kw_only=True)
+class OfaKd(DeepFusion):
+    """OFA-KD (arXiv 2310.19444): the same, but early exits of the students learn the proxies' predictions; no VAA."""
+
+    distill: Rule = plugin(rules, "ofa")
+
+
+@methods.register("fedmkt1")
+@dataclass(frozen=True, kw_only=True)
+class FedMktOneShot(DeepFusion):
+    """FedMKT (arXiv 2406.02224) in one shot: the same, but the students learn the proxies' predictions alone; no VAA."""
+
+    distill: Rule = plugin(rules, "logits")

@@ -32,6 +32,7 @@ class DistillOptions:
         alpha: weight of the rule's feature loss; 0 switches it off.
         beta: weight of the KL to the teachers' next-token distributions; 0 switches it off.
         temperature: tau of that KL.
+        exponent: g of OFA-KD in place of that KL's distribution, see `losses.TeacherScores`; 1 is the KL.
         trust: "all" takes the KL to every teacher everywhere (paper); "better" to each only on rows of text that it
             predicts at least as well as the student does; "best" only to the one of those that predicts the row best;
             "always" to that one also where the student is ahead of it.
@@ -52,6 +53,7 @@ class DistillOptions:
     alpha: float = 1.0
     beta: float = 1.0
     temperature: float = 1.0
+    exponent: float = 1.0
     trust: Trust = "best"
     align: Literal["same", "none"] = "same"
     text: Literal["domain", "uniform"] = "domain"
@@ -71,6 +73,8 @@ class DistillOptions:
             yield f"branch = {self.branch}: not a share of the steps; choose a number from 0 to 1"
         if not 0 < self.temperature < float("inf"):
             yield f"temperature = {self.temperature}: must be finite and above 0; 1 leaves the logits as they are"
+        if not 1 <= self.exponent <= 10:
+            yield f"exponent = {self.exponent}: not between 1 and 10; 1 is the KL, 1.5 trusts a confident teacher more"
         if not 0.01 <= self.text_temperature < float("inf"):
             yield f"text_temperature = {self.text_temperature}: must be finite and at least 0.01; 0.1 is the default"
 
@@ -102,13 +106,29 @@ class Adapter(nn.Module, ABC):
         """
 
 
+class Exits(nn.Module, ABC):
+    """Early exits of the student for one teacher: each learns the teacher's next-token distributions through the student's head.
+
+    Attributes:
+        student_taps: 1-based numbers of the student's blocks that it reads.
+        teacher_taps: none.
+    """
+
+    student_taps: tuple[int, ...]
+    teacher_taps: tuple[int, ...] = ()
+
+    @abstractmethod
+    def forward(self, student_hidden: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Hidden states, of the student's size, that the student's output head turns into scores; one for each exit."""
+
+
 class Rule(Protocol):
     """A distillation rule: a frozen, registered dataclass whose fields are its TOML options."""
 
     def attach(
         self, student: PreTrainedConfig, teacher: PreTrainedConfig, *, sequence_length: int, seed: int
-    ) -> Adapter | None:
-        """A fresh adapter for one teacher, or None when the rule compares no hidden states.
+    ) -> Adapter | Exits | None:
+        """A fresh adapter (or exits) for one teacher, or None when the rule looks at no hidden states.
 
         Its weights depend on `seed` alone, and no other random stream is disturbed.
 

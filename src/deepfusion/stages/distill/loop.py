@@ -26,7 +26,7 @@ from deepfusion.devices.models import load, save
 from deepfusion.moe import Family
 from deepfusion.moe.single import compute_as_mlp
 from deepfusion.stages.distill.align import check_same_vocabulary
-from deepfusion.stages.distill.base import Adapter, DistillOptions, Rule
+from deepfusion.stages.distill.base import Adapter, DistillOptions, Exits, Rule
 from deepfusion.stages.distill.objective import Teacher, domain_losses, reader
 from deepfusion.training import Checkpoint, accelerator, derive_seed, fit, to_device
 from deepfusion.types import Progress, Proxy, State, Text, silent
@@ -170,7 +170,7 @@ class _Job:
         length = self.texts[domain].sequence_length
         for number, proxy in enumerate(self.teachers[domain]):
             model = to_device(load(proxy.folder), self.options.optimisation).requires_grad_(False)
-            adapter: Adapter | None = None
+            adapter: Adapter | Exits | None = None
             if self.options.alpha:
                 seed = derive_seed(self.seed, "adapter", domain, number)
                 adapter = self.rule.attach(student, model.config, sequence_length=length, seed=seed)

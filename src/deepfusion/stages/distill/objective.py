@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from deepfusion.devices.features import Reading, read
 from deepfusion.devices.read_ahead import ReadAhead
+from deepfusion.fused import Scores
 from deepfusion.losses import TeacherScores, listen, next_token_losses
 from deepfusion.stages.distill.align import same_tokens
-from deepfusion.stages.distill.base import Adapter, DistillOptions
+from deepfusion.stages.distill.base import Adapter, DistillOptions, Exits
 from deepfusion.types import Batch, Text, concatenate
 
 
@@ -24,12 +26,12 @@ class Teacher:
     Attributes:
         model: in evaluation mode, without gradients.
         weight: omega, its share of its domain.
-        adapter: compares its hidden states with the student's; None when features are not compared.
+        adapter: compares its hidden states with the student's, or lets the student exit early; None when neither is done.
     """
 
     model: PreTrainedModel
     weight: float
-    adapter: Adapter | None
+    adapter: Adapter | Exits | None
 
 
 def reader(teachers: Sequence[Teacher], text: Text, options: DistillOptions) -> ReadAhead:
@@ -62,36 +64,61 @@ def domain_losses(
     adapters = [teacher.adapter for mine in teachers for teacher in mine if teacher.adapter is not None]
     taps = sorted({tap for adapter in adapters for tap in adapter.student_taps})
     reading = read(student, concatenate(batches), taps=taps)
+    head: Any = student.get_output_embeddings()
     counts = [len(batch.valid_BT) for batch in batches]
     scores = reading.scores.split(counts)
     hidden = zip(*(tap_BTH.split(counts) for tap_BTH in reading.taps), strict=True) if taps else [()] * len(batches)
     return [
-        _losses(Reading(own, of_taps), taps, list(zip(mine, heard, strict=bool(heard))), batch, options)
+        _losses(Reading(own, of_taps), head, taps, list(zip(mine, heard, strict=bool(heard))), batch, options)
         for own, of_taps, mine, heard, batch in zip(scores, hidden, teachers, reads, batches, strict=True)
     ]
 
 
 def _losses(
     student: Reading,
+    head: Any,
     taps: Sequence[int],
     teachers: Sequence[tuple[Teacher, Reading]],
     batch: Batch,
     options: DistillOptions,
 ) -> dict[str, torch.Tensor]:
-    """Eq. (11) of one domain, from the student's and its teachers' outputs on its batch."""
+    """Eq. (11) of one domain, from the student's and its teachers' outputs on its batch; `head` is the student's output layer."""
     alignment, beta = same_tokens(batch), _kl_weight(options)
+    asked = teachers if beta or any(isinstance(teacher.adapter, Exits) for teacher, _ in teachers) else ()
     predictions = [
-        TeacherScores(alignment.on_student(heard.scores), beta * teacher.weight, alignment.matched_BT)
-        for teacher, heard in (teachers if beta else ())
+        TeacherScores(
+            alignment.on_student(heard.scores), teacher.weight, alignment.matched_BT, exponent=options.exponent
+        )
+        for teacher, heard in asked
     ]
     predictions = listen(predictions, student.scores, batch, options.trust)
-    loss, parts = next_token_losses(student.scores, predictions, batch, options.temperature)
+    soft = [prediction._replace(weight=beta * prediction.weight) for prediction in predictions] if beta else []
+    loss, parts = next_token_losses(student.scores, soft, batch, options.temperature)
     losses = {"ce": parts.cross_entropy, "kl": parts.divergence}
     hidden = dict(zip(taps, student.taps, strict=True))
-    for teacher, heard in teachers:
-        if teacher.adapter is not None:
-            student_hidden = [hidden[tap] for tap in teacher.adapter.student_taps]
+    for number, (teacher, heard) in enumerate(teachers):
+        if teacher.adapter is None:
+            continue
+        student_hidden = [hidden[tap] for tap in teacher.adapter.student_taps]
+        if isinstance(teacher.adapter, Exits):
+            features = _exit_losses(
+                teacher.adapter(student_hidden), head, predictions[number], batch, options.temperature
+            )
+        else:
             features = teacher.adapter(student_hidden, heard.taps, batch.valid_BT, alignment.batch.valid_BT)
-            loss = loss + options.alpha * teacher.weight * features
-            losses["features"] = losses.get("features", 0.0) + teacher.weight * features
+            features = teacher.weight * features
+        loss = loss + options.alpha * features
+        losses["features"] = losses.get("features", 0.0) + features
     return {"loss": loss, **losses}
+
+
+def _exit_losses(
+    exits: Sequence[torch.Tensor], head: Any, teacher: TeacherScores, batch: Batch, temperature: float
+) -> torch.Tensor:
+    """The sum over exits of the teacher's loss, without cross-entropy."""
+    unlabelled = replace(batch, counted_BT=torch.zeros_like(batch.counted_BT))
+    losses = [
+        next_token_losses(Scores(exit_BTH, head.weight, head.bias), [teacher], unlabelled, temperature)[0]
+        for exit_BTH in exits
+    ]
+    return torch.stack(losses).sum()

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every method on one tiny fleet: they end with the same kind of model, score it on the same text, and book their bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from deepfusion.app import launch
+from deepfusion.config import parse_config
+from deepfusion.devices.memory import num_parameters
+from deepfusion.methods import methods
+from deepfusion.record import Record
+from small_world import small_tree, write_text
+
+WARM = {"steps": 2, "training": {"batch_size": 4, "learning_rate": 3e-3}}
+TRAINING = {"steps": 3, "optimisation": {"batch_size": 4, "learning_rate": 3e-3}}
+DISTILLED = ("deepfusion", "ofa", "fedmkt1")
+SECTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    **{name: ({"warm_start": WARM}, ()) for name in DISTILLED},
+    "centralised": ({"training": TRAINING}, ("cluster", "distillation")),
+    "fedavg": ({"warm_start": WARM, "rounds": 2}, ("cluster", "distillation")),
+}
+"""What each method's configuration has beside the common one, and which of its sections it has not."""
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Record]]:
+    root = tmp_path_factory.mktemp("text")
+    write_text(root)
+    found: dict[str, tuple[Path, Record]] = {}
+    for name, (given, dropped) in SECTIONS.items():
+        tree = small_tree(root, method=name, evaluate={"devices": False, "proxies": False, "students": False}, **given)
+        tree["devices"]["max_steps"] = 4
+        record = launch(parse_config({k: v for k, v in tree.items() if k not in dropped}), root / name)
+        assert record is not None
+        found[name] = root / name, record
+    return found
+
+
+def test_every_method_is_here() -> None:
+    assert set(SECTIONS) == set(methods)
+
+
+def test_all_end_with_the_same_kind_of_model_and_are_scored_on_the_same_text(
+    records: dict[str, tuple[Path, Record]],
+) -> None:
+    models = {name: AutoModelForCausalLM.from_pretrained(folder / "moe") for name, (folder, _) in records.items()}
+    assert len({num_parameters(model.config) for model in models.values()}) == 1
+    assert len({record.metrics.tokens for _, record in records.values()}) == 1
+    assert {record.method for _, record in records.values()} == set(methods)
+    assert all(record.baselines.public_only is not None for _, record in records.values())
+
+
+def test_methods_that_upload_models_once_cost_the_same_bytes(records: dict[str, tuple[Path, Record]]) -> None:
+    assert len({records[name][1].ledger.total_bytes for name in DISTILLED}) == 1
+    first, *others = ((records[name][0] / "uploads" / "device-000.safetensors").read_bytes() for name in DISTILLED)
+    assert all(other == first for other in others), "devices do the same, whatever the server does with it"
+
+
+def test_rules_of_distillation_make_a_difference(records: dict[str, tuple[Path, Record]]) -> None:
+    assert len({records[name][1].metrics.log_perplexity for name in DISTILLED}) == len(DISTILLED)
