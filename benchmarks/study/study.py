@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ import tomli_w
 import torch
 from table import table
 
+from deepfusion.artifacts import start_from
 from deepfusion.data.prepare import load_corpus
 from deepfusion.devices.models import load
 from deepfusion.stages.evaluate import by_domain, score_documents
@@ -92,10 +92,7 @@ def run(row: Row, out: Path, results: Path, threads: int) -> None:
     if target.exists() and json.loads(target.read_text())["config"] == tree:
         return
     folder, main = out / f"seed-{row.seed}" / row.slug, out / f"seed-{row.seed}" / "main"
-    if not folder.exists() and main.exists():
-        shutil.copytree(
-            main, folder, copy_function=_link, ignore=shutil.ignore_patterns("record.json", "report.html", "events")
-        )
+    start_from(main, folder, only=() if tree["method"] == "deepfusion" else ("data",))
     config = out / f"seed-{row.seed}" / f"{row.slug}.toml"
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(tomli_w.dumps(tree))
@@ -109,14 +106,6 @@ def run(row: Row, out: Path, results: Path, threads: int) -> None:
         return
     results.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(result(row, tree, folder)) + "\n")
-
-
-def _link(source: str, target: str) -> str:
-    """Large files are shared with the main run: a stage replaces its files, it never writes into them."""
-    if source.endswith((".safetensors", ".npy")):
-        os.link(source, target)
-        return target
-    return shutil.copy2(source, target)
 
 
 def result(row: Row, tree: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,34 @@ class RunFolder:
         os.replace(partial, final)
         shutil.rmtree(scratch, ignore_errors=True)
         return final
+
+
+def start_from(source: Path, folder: Path, only: Sequence[str] = ()) -> None:
+    """Begin a run folder with a copy of another run's stages: those whose keys are equal are not made again.
+
+    Large files are shared between the two, which is safe because a stage replaces its files and never writes into them.
+    Does nothing where the folder is there already, or the source is not.
+
+    Args:
+        only: names of the stages to take; all, and the ledger of their bytes, when left out.
+    """
+    if folder.exists() or not source.exists():
+        return
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    results = shutil.ignore_patterns("record.json", "report.html", "events", ".partial")
+    for origin, target in [(source / name, partial / name) for name in only] or [(source, partial)]:
+        if origin.exists():
+            shutil.copytree(origin, target, copy_function=_link, ignore=results)
+    if partial.exists():
+        os.replace(partial, folder)
+
+
+def _link(source: str, target: str) -> str:
+    if source.endswith((".safetensors", ".npy")):
+        os.link(source, target)
+        return target
+    return shutil.copy2(source, target)
 
 
 def _sync_tree(folder: Path) -> None:

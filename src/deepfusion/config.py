@@ -61,6 +61,7 @@ class RunConfig:
         target: [target] the MoE that comes out.
         federation: [federation] how devices are reached.
         evaluate: [evaluate] what is measured.
+        compare: [compare.<method>] options of DeepFusion's rivals where `deepfusion compare` should not choose them.
     """
 
     name: str = "run"
@@ -71,11 +72,14 @@ class RunConfig:
     target: TargetOptions
     federation: FederationOptions = field(default_factory=FederationOptions)
     evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
+    compare: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
 
     def faults(self) -> Iterator[str]:
         """Combinations of sections that cannot work."""
         if self.seed < 0:
             yield f"seed = {self.seed}: must not be negative; choose 0 or more"
+        for name in self.compare.keys() - set(methods):
+            yield f"[compare.{name}]: no such method{did_you_mean(name, tuple(methods))}; known: {', '.join(methods)}"
         yield from self.method.faults_with(self.devices, self.data, self.target)
 
 

@@ -17,9 +17,11 @@ from deepfusion.config import RunConfig, tree_of
 from deepfusion.devices import memory, models
 from deepfusion.federation.ledger import Ledger
 from deepfusion.methods.base import Site, methods
+from deepfusion.methods.budget import rows
 from deepfusion.moe import families
 from deepfusion.record import (
     Baselines,
+    BudgetRecord,
     ClusterRecord,
     DeviceRecord,
     DomainMetrics,
@@ -29,8 +31,9 @@ from deepfusion.record import (
     ModelMetrics,
     Record,
 )  # fmt: skip
-from deepfusion.run import Notes, hosted_configs, private_corpus, versions
+from deepfusion.run import Notes, hosted_configs, private_corpus, shapes_of, versions
 from deepfusion.stages.evaluate import Score, by_domain, expert_load, mutual_information, score_documents, total
+from deepfusion.stages.local import steps_for
 from deepfusion.stages.proxy import load_proxies, load_upload
 from deepfusion.types import Proxy
 
@@ -66,6 +69,8 @@ def measure(
         metrics=as_metrics(score),
         baselines=_baselines(config, site, scorer, clusters, reference),
         ledger=LedgerTotals(**ledger.totals()),
+        bytes_by_kind=ledger.by_kind(),
+        budget=_budget(config, site),
         devices=_devices(config, site, ledger, clusters),
         clusters=clusters,
         seconds=_seconds(site.folder),
@@ -185,6 +190,26 @@ def _baselines(
     )  # fmt: skip
 
 
+def _budget(config: RunConfig, site: Site) -> BudgetRecord:
+    fleet, length, hosted = config.devices, site.sequence_length, hosted_configs(config)
+    read = flops = 0
+    for card in site.cards:
+        shape, tokens = hosted[card.model.name], private_corpus(config, site.data, card.id).num_tokens
+        if shape is not None:
+            steps = (
+                steps_for(tokens, length, fleet.training, fleet.epochs, fleet.max_steps) * config.method.participation
+            )
+            mine = round(steps * rows(fleet.training) * length)
+            read, flops = read + mine, flops + mine * 3 * memory.forward_flops_per_token(shape)
+    work = config.method.server_work(shapes_of(config))
+    return BudgetRecord(
+        device_tokens=read,
+        server_tokens=sum(training.tokens for training in work),
+        device_flops=flops,
+        server_flops=sum(training.tokens * training.flops_per_token for training in work),
+    )
+
+
 def _rounds(config: RunConfig, site: Site, scorer: _Scorer) -> list[Metrics]:
     folder = site.folder / "rounds"
     if not config.evaluate.rounds or not folder.exists():
@@ -200,12 +225,12 @@ def _group(items: list[ModelMetrics]) -> Group | None:
 def _devices(config: RunConfig, site: Site, ledger: Ledger, clusters: ClusterRecord | None) -> list[DeviceRecord]:
     shapes = hosted_configs(config)
     sent, telemetry = ledger.by_device("up"), ledger.telemetry()
-    rows: list[DeviceRecord] = []
+    found: list[DeviceRecord] = []
     for card in site.cards:
         corpus, shape = private_corpus(config, site.data, card.id), shapes[card.model.name]
         seconds, peak = telemetry.get(card.id, (None, None))
         tokens = np.bincount(corpus.domain_U, weights=corpus.lengths_U, minlength=len(corpus.domains))
-        rows.append(DeviceRecord(
+        found.append(DeviceRecord(
             id=card.id,
             architecture=card.model.name,
             parameters=memory.num_parameters(shape) if shape else 0,
@@ -220,7 +245,7 @@ def _devices(config: RunConfig, site: Site, ledger: Ledger, clusters: ClusterRec
             domains={name: int(t) for name, t in zip(corpus.domains, tokens, strict=True) if t},
             seconds=seconds,
         ))  # fmt: skip
-    return rows
+    return found
 
 
 def read_clusters(folder: Path) -> ClusterRecord | None:
@@ -261,10 +286,9 @@ def _curves(folder: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
         stage = str(path.parent.relative_to(folder))
         history = json.loads(path.read_text())
         trainings = history if isinstance(history, dict) else {"": history}
-        for training, rows in trainings.items():
+        for training, steps in trainings.items():
             name = f"{stage}/{training}" if training else stage
-            every = max(1, math.ceil(len(rows) / CURVE_POINTS))
-            thin = rows[::every]
+            thin = steps[:: max(1, math.ceil(len(steps) / CURVE_POINTS))]
             curves[name] = {
                 metric: [(row["step"], row[metric]) for row in thin if metric in row]
                 for metric in sorted({key for row in thin for key in row} - {"step"})

@@ -15,6 +15,7 @@ from deepfusion.devices.fleet import cards
 from deepfusion.errors import ConfigError
 from deepfusion.methods import DeepFusion, methods
 from deepfusion.moe import families
+from deepfusion.run import shapes_of
 from deepfusion.stages.embed import HashedTfidf
 
 HEADER_BYTES = 1024
@@ -78,22 +79,19 @@ def make_plan(config: RunConfig) -> Plan:
         ModelError: an architecture's configuration is not known without network.
     """
     method = _method(config)
-    length, vocabulary = config.data.sequence_length, config.data.tokenizer.vocab_size
+    length = config.data.sequence_length
     fleet = Counter(card.model.name for card in cards(config.devices, config.seed))
     published = 2 * 2 * 2**method.embed.hash_bits if isinstance(method.embed, HashedTfidf) else 0
     rows = tuple(_architecture(config, spec.name, fleet[spec.name], published) for spec in config.devices.models)
 
-    family = families[config.target.model_type]
-    target = family.ready_target(config.target.make(vocabulary, length, None))
-    wanted = getattr(method.cluster, "num_clusters", "auto")
-    size = sum(fleet.values())
-    domains = min(size, wanted if isinstance(wanted, int) else family.num_experts(target))
+    family, shapes = families[config.target.model_type], shapes_of(config)
+    target, domains = shapes.target, shapes.domains
     student = family.student_config(target, slices=method.merge.slices(domains, family.num_experts(target)))
     parameters, student_parameters = memory.num_parameters(target), memory.num_parameters(student)
     uploads = sum(row.devices * row.upload_bytes for row in rows)
     return Plan(
         name=config.name,
-        method="deepfusion",
+        method=methods.name_of(type(method)),
         architectures=rows,
         domains=domains,
         upload_bytes=uploads,
@@ -101,7 +99,7 @@ def make_plan(config: RunConfig) -> Plan:
         target_parameters=parameters,
         target_active_parameters=memory.num_active_parameters(target),
         student_parameters=student_parameters,
-        server_flops=_server_flops(config, method, domains, fleet),
+        server_flops=sum(work.tokens * work.flops_per_token for work in method.server_work(shapes)),
         server_memory_bytes=memory.training_memory(student, method.distillation.optimisation, length).total
         + (domains - 1) * 16 * (parameters - student_parameters) // max(1, family.num_experts(target) - 1),
         disk_bytes=2 * uploads + 4 * (domains * student_parameters + 2 * parameters),
@@ -135,24 +133,6 @@ def _architecture(config: RunConfig, name: str, count: int, published: int) -> A
         upload_bytes=sent + 2 * method.embed.dimension + HEADER_BYTES,
         init_bytes=published + HEADER_BYTES + (sent if method.warm_start.steps else 0),
     )
-
-
-def _server_flops(config: RunConfig, method: DeepFusion, domains: int, fleet: Counter[str]) -> int:
-    """6 W a token for what is trained, 2 W for each teacher, of distillation and tuning."""
-    length, vocabulary = config.data.sequence_length, config.data.tokenizer.vocab_size
-    family = families[config.target.model_type]
-    target = family.ready_target(config.target.make(vocabulary, length, None))
-    student = family.student_config(target)
-    teachers = sum(
-        memory.forward_flops_per_token(models.config_of(spec, vocab_size=vocabulary, positions=length))
-        for spec in config.devices.models if fleet[spec.name]
-    )  # fmt: skip
-    phase2, phase3 = method.distillation, method.tune
-    tokens2 = phase2.steps * phase2.optimisation.batch_size * length * domains
-    tokens3 = phase3.steps * phase3.optimisation.batch_size * length
-    distilling = tokens2 * (3 * memory.forward_flops_per_token(student) + teachers)
-    tuning = tokens3 * (3 * memory.forward_flops_per_token(target) + (teachers if phase3.beta else 0))
-    return distilling + tuning
 
 
 def plan_tables(plan: Plan) -> list[Table]:

@@ -84,6 +84,23 @@ class LedgerTotals(_Part):
     total_bytes: int
 
 
+class BudgetRecord(_Part):
+    """What the trainings of a run read and computed, the fleet and the server apart (baselines, section 9).
+
+    Warm starts are outside, and so is what devices compute beside their training.
+
+    Attributes:
+        device_tokens: private tokens that all devices' trainings read.
+        server_tokens: public tokens that the server's trainings read.
+        device_flops, server_flops: 6 FLOPs a token and parameter that is trained, 2 for one that is only read through.
+    """
+
+    device_tokens: int
+    server_tokens: int
+    device_flops: int
+    server_flops: int
+
+
 class DeviceRecord(_Part):
     """One device."""
 
@@ -133,6 +150,8 @@ class Record(_Part):
     metrics: Metrics
     baselines: Baselines
     ledger: LedgerTotals
+    bytes_by_kind: dict[str, int] = {}
+    budget: BudgetRecord | None = None
     devices: list[DeviceRecord]
     clusters: ClusterRecord | None
     seconds: dict[str, float]

@@ -27,6 +27,7 @@ from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import DeviceCard, cards, shared_ids
 from deepfusion.errors import ConfigError, MemoryLimitError, ResumeError
 from deepfusion.methods.base import Site
+from deepfusion.methods.budget import Shapes
 from deepfusion.moe import families
 from deepfusion.training import derive_seed
 from deepfusion.types import Corpus, Progress, silent
@@ -106,9 +107,21 @@ def own_configs(config: RunConfig) -> dict[str, PreTrainedConfig]:
 
 def hosted_configs(config: RunConfig) -> dict[str, PreTrainedConfig | None]:
     """Configuration of what a device of each architecture trains; None where the method trains nothing on devices."""
-    target = config.target.make(config.data.tokenizer.vocab_size, config.data.sequence_length, None)
-    target = families[config.target.model_type].ready_target(target)
+    target = shapes_of(config).target
     return {name: config.method.hosted(own, target) for name, own in own_configs(config).items()}
+
+
+def shapes_of(config: RunConfig) -> Shapes:
+    """The models and sizes that the method's costs depend on; with a number of domains yet to be found, one an expert."""
+    own, carried = own_configs(config), {card.model.name for card in cards(config.devices, config.seed)}
+    target = config.target.make(config.data.tokenizer.vocab_size, config.data.sequence_length, None)
+    family = families[config.target.model_type]
+    target = family.ready_target(target)
+    wanted = getattr(getattr(config.method, "cluster", None), "num_clusters", "auto")
+    size = config.devices.count + len(config.devices.named)
+    domains = min(size, wanted if isinstance(wanted, int) else family.num_experts(target))
+    shapes = tuple(shape for name, shape in own.items() if name in carried)
+    return Shapes(config.data.sequence_length, domains, shapes, family.student_config(target), target)
 
 
 def prepare_data(config: RunConfig, folder: RunFolder, progress: Progress = silent) -> PreparedData:

@@ -172,7 +172,6 @@ def test_devices_that_cannot_hold_the_whole_model_are_refused_and_counted(root: 
         ({"rounds": 0}, "rounds = 0: no device would train"),
         ({"participation": 0.0}, "participation = 0.0: not a share"),
         ({"balance": -1.0}, "balance = -1.0: must be finite"),
-        ({"warm_start": {"steps": 0}}, r"\[warm_start\] steps = 0"),
     ],
 )
 def test_values_that_cannot_work_are_named(change: dict[str, Any], said: str, root: Path) -> None:

@@ -57,7 +57,7 @@ def in_a_process_of_its_own(tree: dict[str, Any], folder: Path, *options: str) -
     config = folder.with_suffix(".toml")
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(tomli_w.dumps(tree))
-    command = [sys.executable, "-m", "deepfusion.cli", "run", str(config), "--out", str(folder), "--json", *options]
+    command = [sys.executable, "-m", "deepfusion", "run", str(config), "--out", str(folder), "--json", *options]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
 

@@ -81,6 +81,14 @@ class Ledger:
         down = sum(row.bytes for row in self.rows() if row.direction == "down" and row.what != "init")
         return {"upload_bytes": up, "download_bytes": down, "init_bytes": init, "total_bytes": up + down + init}
 
+    def by_kind(self) -> dict[str, int]:
+        """Bytes of each direction and kind, e.g. "up model"."""
+        totals: dict[str, int] = {}
+        for row in self.rows():
+            kind = f"{row.direction} {row.what}"
+            totals[kind] = totals.get(kind, 0) + row.bytes
+        return totals
+
     def by_device(self, direction: Direction) -> dict[str, int]:
         """Bytes of each device that has a row in this direction."""
         totals: dict[str, int] = {}

@@ -191,7 +191,7 @@ def trained(
 
 
 def upcycled(site: Site, prefix: str, text: Text, *parts: object, training: TextTraining, noise: float) -> Path:
-    """The first half of `trained`: a base trained on the text, and copied to all experts."""
+    """The first half of `trained`: a base trained on the text (as it is with 0 steps), and copied to all experts."""
     family, target = family_and_config(site)
     name, options = f"{prefix}trained", DistillOptions(steps=training.steps, optimisation=training.optimisation)
 
@@ -203,7 +203,7 @@ def upcycled(site: Site, prefix: str, text: Text, *parts: object, training: Text
         )  # fmt: skip
 
     whole = (training, site.target, site.data_key, site.sequence_length, *parts)
-    student = site.keep(name, make, *whole) / "0"
+    student = site.keep(name, make, *whole) / "0" if training.steps else base(site)
     copies, random = merge.MergeOptions(noise=noise), router.RouterOptions(start="random")
     return merged(site, f"{prefix}merged", [student], [[text.batch(0, 8)]], *whole, options=copies, start=random)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from transformers import PreTrainedConfig
 
@@ -24,6 +24,9 @@ from deepfusion.moe.upcycle import family_name, target_values
 from deepfusion.registry import Registry, did_you_mean
 from deepfusion.training import Optimisation, mixed_precision
 from deepfusion.types import Call, Payload, Progress
+
+if TYPE_CHECKING:  # it stands on this file
+    from deepfusion.methods.budget import Shapes, Work
 
 
 class StageReached(Exception):  # noqa: N818 (not an error: the user asked to stop here)
@@ -162,6 +165,15 @@ class Method(Protocol):
 
     def hosted(self, own: PreTrainedConfig, target: PreTrainedConfig) -> PreTrainedConfig | None:
         """The model that a device of architecture `own` trains, where `target` is the run's MoE; None when it trains none."""
+        ...
+
+    def server_work(self, shapes: Shapes) -> tuple[Work, ...]:
+        """The server's trainings on public text, warm starts apart; of text that devices hand over, nothing is counted."""
+        ...
+
+    @property
+    def participation(self) -> float:
+        """Share of the devices that train in a round; 1 in one-shot methods."""
         ...
 
     def faults_with(self, devices: FleetOptions, data: DataOptions, target: TargetOptions) -> Iterator[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -22,10 +22,12 @@ from deepfusion.data.options import DataOptions
 from deepfusion.data.packing import PackedText
 from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import FleetOptions
+from deepfusion.devices.memory import forward_flops_per_token
 from deepfusion.errors import UploadError
 from deepfusion.federation.payload import read_file
 from deepfusion.methods import assembly, exchange
 from deepfusion.methods.base import Site, TargetOptions, family_faults, methods, precision_faults
+from deepfusion.methods.budget import Budget, Shapes, Work, rows
 from deepfusion.stages.local import steps_for
 from deepfusion.stages.tune import TuneOptions
 from deepfusion.training import derive_seed
@@ -44,6 +46,8 @@ class Centralised:
     """
 
     stages: ClassVar[tuple[str, ...]] = ("data", "uploads", "trained", "merged", "moe")
+
+    participation: ClassVar[float] = 1.0
 
     noise: float = 0.01
     training: assembly.TextTraining
@@ -96,6 +100,19 @@ class Centralised:
 
     def hosted(self, own: PreTrainedConfig, target: PreTrainedConfig) -> None:
         """Devices train nothing."""
+
+    def server_work(self, shapes: Shapes) -> tuple[Work, ...]:
+        """The base's training and the MoE's."""
+        first, last = self.training, self.tune
+        return (
+            Work(first.steps * rows(first.optimisation) * shapes.length, 3 * forward_flops_per_token(shapes.student)),
+            Work(last.steps * rows(last.optimisation) * shapes.length, 3 * forward_flops_per_token(shapes.target)),
+        )
+
+    @classmethod
+    def beside(cls, budget: Budget) -> Self:
+        """The same trainings; steps for the private text come on top."""
+        return cls(training=budget.training, tune=budget.tune)
 
     def faults_with(self, devices: FleetOptions, data: DataOptions, target: TargetOptions) -> Iterator[str]:
         """See `Method.faults_with`."""

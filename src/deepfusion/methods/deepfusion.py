@@ -23,9 +23,11 @@ from deepfusion.data.packing import PackedText, document_batches
 from deepfusion.data.prepare import load_corpus, write_corpus
 from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import FleetOptions
+from deepfusion.devices.memory import forward_flops_per_token
 from deepfusion.errors import ModelError
 from deepfusion.methods import assembly, exchange
 from deepfusion.methods.base import Site, TargetOptions, methods, plugin, precision_faults
+from deepfusion.methods.budget import Budget, Shapes, Work, rows
 from deepfusion.moe import families
 from deepfusion.stages import generate, merge, proxy, router, tune
 from deepfusion.stages.cluster import Clustering, clusterings, similarity
@@ -57,6 +59,8 @@ class DeepFusion:
     stages: ClassVar[tuple[str, ...]] = (
         "data", "initial", "uploads", "clusters", "proxies", "generated", "experts", "merged", "moe",
     )  # fmt: skip
+
+    participation: ClassVar[float] = 1.0
 
     recipe: Literal["joint", "paper"] = "joint"
     warm_start: exchange.WarmStart = field(default_factory=exchange.WarmStart)
@@ -217,6 +221,24 @@ class DeepFusion:
             optimisation=replace(optimisation, batch_size=domains * optimisation.batch_size),
         )
         return assembly.trained(site, "reference/", text, training=training, noise=self.merge.noise, tuning=self.tune)
+
+    def server_work(self, shapes: Shapes) -> tuple[Work, ...]:
+        """Distillation of all domains, and tuning; the teachers read along."""
+        teachers = sum(forward_flops_per_token(own) for own in shapes.own)
+        first, last = self.distillation, self.tune
+        reads = first.steps * rows(first.optimisation) * shapes.domains * shapes.length
+        tunes = last.steps * rows(last.optimisation) * shapes.length
+        return (
+            Work(reads, 3 * forward_flops_per_token(shapes.student) + teachers),
+            Work(tunes, 3 * forward_flops_per_token(shapes.target) + (teachers if last.beta else 0)),
+        )
+
+    def budget(self, domains: int) -> Budget:
+        """What its rivals may spend on the server, when it finds so many domains."""
+        optimisation = self.distillation.optimisation
+        wide = replace(optimisation, batch_size=optimisation.batch_size * domains)
+        training = assembly.TextTraining(steps=self.distillation.steps, optimisation=wide)
+        return Budget(self.warm_start, training, self.tune)
 
     def hosted(self, own: PreTrainedConfig, target: PreTrainedConfig) -> PreTrainedConfig:
         """The device's own model, whatever the MoE."""

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -21,9 +22,11 @@ from deepfusion.data.packing import PackedText
 from deepfusion.devices import models
 from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import DeviceCard, FleetOptions
+from deepfusion.devices.memory import forward_flops_per_token
 from deepfusion.federation.payload import check_metadata, check_state
 from deepfusion.methods import assembly, exchange
 from deepfusion.methods.base import Site, TargetOptions, family_faults, precision_faults
+from deepfusion.methods.budget import Budget, Shapes, Work, rows
 from deepfusion.stages.proxy import MODEL
 from deepfusion.stages.tune import TuneOptions
 from deepfusion.state_dicts import distinct_state, load_distinct
@@ -64,8 +67,6 @@ class Rounds:
             yield f"participation = {self.participation}: not a share of the devices; choose a number above 0, up to 1"
         if not 0 <= self.balance < float("inf"):
             yield f"balance = {self.balance}: must be finite and not negative; use 0 to switch this loss off"
-        if self.warm_start.steps < 1:
-            yield "[warm_start] steps = 0: the experts are copies of a trained base; give it at least 1 step"
 
     def faults_with(self, devices: FleetOptions, data: DataOptions, target: TargetOptions) -> Iterator[str]:
         """See `Method.faults_with`."""
@@ -73,6 +74,16 @@ class Rounds:
             {"warm_start.training": self.warm_start.training, "tune.optimisation": self.tune.optimisation}
         )
         yield from family_faults(data, target)
+
+    def server_work(self, shapes: Shapes) -> tuple[Work, ...]:
+        """The last tuning."""
+        tokens = self.tune.steps * rows(self.tune.optimisation) * shapes.length
+        return (Work(tokens, 3 * forward_flops_per_token(shapes.target)),)
+
+    @classmethod
+    def beside(cls, budget: Budget) -> Self:
+        """All of the server's tokens in the last tuning."""
+        return cls(warm_start=budget.warm_start, tune=replace(budget.tune, steps=budget.tune_steps()))
 
     def begin(self, site: Site) -> Path:
         """The MoE that the first round sends: the base, trained on public text, copied to all experts."""

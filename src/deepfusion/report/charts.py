@@ -6,7 +6,9 @@ Every mark has a `<title>`, which browsers show as a tooltip. All names are esca
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 
 from deepfusion.record import ClusterRecord
@@ -64,6 +66,100 @@ def lines(series: Mapping[str, Sequence[tuple[float, float]]], x_name: str, y_na
     )
     parts.append(f'<text class="tick" x="{left}" y="{height + 28}">{escape(y_name)}</text>')
     return _svg(width, height + 36, parts) + _legend(list(series))
+
+
+@dataclass(frozen=True)
+class Point:
+    """A mark of `points`, with a bar of `spread` up and down. Those of equal `group` share a colour and can be hidden."""
+
+    group: int
+    name: str
+    x: float
+    y: float
+    spread: float = 0.0
+
+
+def points(
+    marks: Sequence[Point], x_name: str, y_name: str, x_text: Callable[[float], str], *, joined: bool = False
+) -> str:
+    """Marks over a logarithmic axis.
+
+    Args:
+        x_text: an x for people.
+        joined: the marks of a group are joined by a line, in their order.
+    """
+    marks = [mark for mark in marks if mark.x > 0 and abs(mark.y) < math.inf]
+    if not marks:
+        return ""
+    width, height, left, pad = 560, 260, 60, 26
+    logs = [math.log10(mark.x) for mark in marks]
+    x_low, x_high = min(logs) - 0.1, max(logs) + 0.1
+    y_low, y_high = min(m.y - m.spread for m in marks), max(m.y + m.spread for m in marks)
+    y_span = (y_high - y_low) or 1.0
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (math.log10(x) - x_low) / (x_high - x_low)
+        return left + pad + (width - left - 2 * pad) * across, 14 + (height - 28) * (y_high - y) / y_span
+
+    parts: list[str] = []
+    for i in range(5):
+        y, value = 14 + (height - 28) * i / 4, y_high - y_span * i / 4
+        parts.append(f'<line class="grid" x1="{left}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.4g}</text>')
+    evenly = [10 ** (x_low + 0.1 + (x_high - x_low - 0.2) * step / 3) for step in range(4)]
+    for x in sorted({mark.x for mark in marks}) if joined else evenly:
+        px, _ = place(x, y_high)
+        parts.append(
+            f'<text class="tick" x="{px:.1f}" y="{height + 12}" text-anchor="middle">{escape(x_text(x))}</text>'
+        )
+    for group in sorted({mark.group for mark in marks}):
+        mine = [mark for mark in marks if mark.group == group]
+        drawn: list[str] = []
+        if joined:
+            path = " ".join("{:.1f},{:.1f}".format(*place(mark.x, mark.y)) for mark in mine)
+            drawn.append(f'<polyline class="line s{group % COLOURS}" points="{path}"/>')
+        for mark in mine:
+            px, py = place(mark.x, mark.y)
+            top, low = (place(mark.x, mark.y + sign * mark.spread)[1] for sign in (1, -1))
+            stroke, fill = f"line s{group % COLOURS}", f"c{group % COLOURS}"
+            title = escape(f"{mark.name}: {mark.y:.4g} {y_name} at {x_text(mark.x)}")
+            if mark.spread:
+                drawn.append(f'<line class="{stroke}" x1="{px:.1f}" x2="{px:.1f}" y1="{top:.1f}" y2="{low:.1f}"/>')
+            drawn.append(f'<circle class="{fill}" cx="{px:.1f}" cy="{py:.1f}" r="5"><title>{title}</title></circle>')
+        px, py = place(mine[-1].x, mine[-1].y)
+        anchor, aside = ("end", -9) if px > (left + width) / 2 else ("start", 9)
+        label = escape(_short(mine[-1].name))
+        drawn.append(f'<text class="tick" x="{px + aside:.1f}" y="{py - 7:.1f}" text-anchor="{anchor}">{label}</text>')
+        parts.append(f'<g data-m="{group}">{"".join(drawn)}</g>')
+    parts.append(f'<text class="tick" x="{width}" y="{height + 30}" text-anchor="end">{escape(x_name)}</text>')
+    parts.append(f'<text class="tick" x="{left}" y="{height + 30}">{escape(y_name)}</text>')
+    return _svg(width, height + 36, parts)
+
+
+def stacked_bars(rows: Mapping[str, Mapping[str, float]], text: Callable[[float], str]) -> str:
+    """One bar for each of `rows`, made of named parts; the parts keep their colours from row to row."""
+    kinds = list(dict.fromkeys(kind for parts in rows.values() for kind in parts))
+    row, left, width = 24, 12 + max(_text_width(name) for name in rows), 620
+    top = max((sum(parts.values()) for parts in rows.values()), default=0.0) or 1.0
+    drawn: list[str] = []
+    for i, (name, values) in enumerate(rows.items()):
+        bars, x = (
+            [f'<text class="tick" x="{left - 6}" y="{i * row + 16}" text-anchor="end">{escape(_short(name))}</text>'],
+            left,
+        )
+        for kind, value in values.items():
+            w = (width - left - 90) * value / top
+            title = f"{name}, {kind}: {text(value)}"
+            bars.append(
+                f'<rect class="c{kinds.index(kind) % COLOURS}" x="{x:.1f}" y="{i * row + 3}" width="{max(w, 0.5):.1f}" '
+                f'height="{row - 6}"><title>{escape(title)}</title></rect>'
+            )
+            x += w
+        bars.append(
+            f'<text class="tick" x="{x + 6:.1f}" y="{i * row + 16}">{escape(text(sum(values.values())))}</text>'
+        )
+        drawn.append(f'<g data-m="{i}">{"".join(bars)}</g>')
+    return _svg(width, row * len(rows) + 4, drawn) + _legend(kinds)
 
 
 def heat_map(

@@ -23,18 +23,24 @@ MANY = 40
 
 def write_report(records: Sequence[Record], path: Path) -> None:
     """Write the page; replaces `path` only when it is whole."""
+    page = render(
+        "page.html",
+        title=records[0].name if len(records) == 1 else "Comparison of runs",
+        comparison=_comparison(records) if len(records) > 1 else None,
+        runs=[_run(record) for record in records],
+    )
+    write_atomic(path, page)
+
+
+def render(template: str, **values: Any) -> str:
+    """A page out of one of the templates beside this file; whatever is not marked as safe is escaped."""
     environment = Environment(
         loader=PackageLoader("deepfusion.report", "."),
         autoescape=select_autoescape(["html"]),
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("page.html").render(
-        title=records[0].name if len(records) == 1 else "Comparison of runs",
-        comparison=_comparison(records) if len(records) > 1 else None,
-        runs=[_run(record) for record in records],
-    )
-    write_atomic(path, page)
+    return environment.get_template(template).render(**values)
 
 
 def _comparison(records: Sequence[Record]) -> dict[str, Any]:

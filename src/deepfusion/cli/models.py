@@ -1,103 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: reads arguments, shows progress, prints results. All work is done by what it calls."""
+"""Commands on model folders, with no run around them."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.panel import Panel
 from rich.table import Table
 
-from deepfusion.errors import DeepFusionError
-
-app = typer.Typer(
-    name="deepfusion",
-    help="Fuse a fleet of unlike small language models into one Mixture-of-Experts checkpoint.",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-)
-out = Console(width=None if sys.stdout.isatty() else 160)  # a file or a pipe has no width of its own
-err = Console(stderr=True)
-
-ConfigPath = Annotated[Path, typer.Argument(help="A TOML file, e.g. configs/quickstart.toml", metavar="CONFIG")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", help="Override one value: section.key=value. May be repeated.", metavar="K=V"),
-]
-Seed = Annotated[int | None, typer.Option(help="Override the run's seed.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
-
-
-def examples(*lines: str) -> str:
-    """The examples at the foot of a command's `--help`."""
-    return "[bold]Examples[/bold]\n\n" + "\n\n".join(f"  [cyan]{line}[/cyan]" for line in lines)
-
-
-@app.command(
-    epilog=examples(
-        "deepfusion run configs/quickstart.toml",
-        "deepfusion run configs/benchmark.toml --out runs/b0 --seed 1 --set data.root=/data --set cluster.num_clusters=8",
-        "deepfusion run configs/benchmark.toml --out runs/b0 --resume",
-        "deepfusion run configs/quickstart.toml --until clusters",
-    )
-)
-def run(
-    config: ConfigPath,
-    out_dir: Annotated[
-        Path | None, typer.Option("--out", help="The run folder. Default: runs/<name>-seed<seed>.")
-    ] = None,
-    seed: Seed = None,
-    overrides: Overrides = None,
-    until: Annotated[str | None, typer.Option(help="Stop after this stage, e.g. clusters or experts.")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on in an existing run folder; finished stages are kept.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Train the fleet, collect one upload from each device, and fuse them into one MoE checkpoint."""
-    from deepfusion.app import launch
-    from deepfusion.config import load_config
-    from deepfusion.progress import bars
-    from deepfusion.report.table import summary_table
-
-    settings = load_config(config, overrides or [], seed=seed)
-    folder = out_dir or Path("runs") / f"{settings.name}-seed{settings.seed}"
-    with bars(err) as progress:
-        record = launch(settings, folder, until=until, resume=resume, progress=progress)
-    if record is None:
-        _print(
-            {"run": str(folder), "until": until}, as_json, f"Stopped after [bold]{until}[/bold]; go on with --resume."
-        )
-        return
-    if as_json:
-        sys.stdout.write(record.model_dump_json(indent=2) + "\n")
-        return
-    out.print(summary_table([record]))
-    out.print(f"Model   [bold]{folder / 'moe'}[/bold]   (opens with AutoModelForCausalLM.from_pretrained)")
-    out.print(f"Report  [bold]{folder / 'report.html'}[/bold]")
-    out.print(f"Record  {folder / 'record.json'}")
-
-
-@app.command(epilog=examples("deepfusion plan configs/benchmark.toml", "deepfusion plan configs/medical.toml --json"))
-def plan(config: ConfigPath, seed: Seed = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Predict devices' memory, bytes up and down, server FLOPs and disk, before anything is trained or downloaded."""
-    from deepfusion.config import load_config
-    from deepfusion.plan import make_plan, plan_tables
-
-    result = make_plan(load_config(config, overrides or [], seed=seed))
-    if as_json:
-        sys.stdout.write(json.dumps(result.as_dict(), indent=2) + "\n")
-        return
-    for table in plan_tables(result):
-        out.print(table)
+from deepfusion.cli.shared import AsJson, app, err, escape, examples, out, show
 
 
 @app.command(
@@ -173,7 +87,7 @@ def distill(
         )  # fmt: skip
     last = {key: round(history[-1][key], 4) for key in ("loss", "ce", "kl", "features") if key in history[-1]}
     shown = ", ".join(f"{key} {value}" for key, value in last.items())
-    _print({"model": str(out_dir), **last}, as_json, f"Model   [bold]{out_dir}[/bold]   (last step: {shown})")
+    show({"model": str(out_dir), **last}, as_json, f"Model   [bold]{out_dir}[/bold]   (last step: {shown})")
 
 
 @app.command(
@@ -203,7 +117,7 @@ def merge(
         made = merge_folders(
             students, family, out_dir, experts=experts, top_k=top_k, target=target, seed=seed, progress=progress
         )
-    _print(
+    show(
         {
             "moe": str(made.folder), "experts": made.experts, "bytes": made.nbytes,
             "largest_logit_difference": made.largest_logit_difference,
@@ -227,78 +141,4 @@ def generate(
     from deepfusion.inference import generate_text
 
     text = generate_text(model, prompt, tokens=tokens, temperature=temperature, seed=seed)
-    _print({"prompt": prompt, "text": text}, as_json, f"[dim]{_escape(prompt)}[/dim]{_escape(text)}")
-
-
-@app.command(epilog=examples("deepfusion report runs/a runs/b --out compare.html"))
-def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders (with record.json).", metavar="RUN...")],
-    out_file: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("report.html"),
-    as_json: AsJson = False,
-) -> None:
-    """One self-contained page, and a table, out of one or several finished runs."""
-    from deepfusion.record import Record
-    from deepfusion.report.page import write_report
-    from deepfusion.report.table import summary_table
-
-    records = [Record.load(folder / "record.json") for folder in runs]
-    write_report(records, out_file)
-    if as_json:
-        sys.stdout.write(json.dumps([json.loads(r.model_dump_json()) for r in records], indent=2) + "\n")
-        return
-    out.print(summary_table(records))
-    out.print(f"Report  [bold]{out_file}[/bold]")
-
-
-@app.command("list", epilog=examples("deepfusion list", "deepfusion list --json"))
-def list_parts(as_json: AsJson = False) -> None:
-    """What can be named in a configuration: methods, rules, clusterings, embeddings, families, presets."""
-    from deepfusion.catalogue import catalogue
-
-    parts = catalogue()
-    if as_json:
-        sys.stdout.write(json.dumps(parts, indent=2) + "\n")
-        return
-    for section, names in parts.items():
-        table = Table(title=_escape(section), title_justify="left", show_header=False, box=None, padding=(0, 2))
-        for name, about in names.items():
-            table.add_row(f"[cyan]{name}[/cyan]", about)
-        out.print(table)
-        out.print()
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
-
-
-def _print(value: dict[str, Any], as_json: bool, text: str) -> None:
-    if as_json:
-        sys.stdout.write(json.dumps(value) + "\n")
-    else:
-        out.print(text)
-
-
-@contextmanager
-def _errors_with_a_cure() -> Generator[None]:
-    try:
-        yield
-    except DeepFusionError as error:
-        err.print(
-            Panel(
-                _escape(str(error)), title=f"[red]{type(error).__name__}[/red]", title_align="left", border_style="red"
-            )
-        )
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        err.print("Interrupted. Finished stages are kept; go on with --resume.")
-        raise SystemExit(130) from None
-
-
-def main() -> None:
-    """Entry point of the `deepfusion` command."""
-    with _errors_with_a_cure():
-        app()
-
-
-if __name__ == "__main__":
-    main()
+    show({"prompt": prompt, "text": text}, as_json, f"[dim]{escape(prompt)}[/dim]{escape(text)}")

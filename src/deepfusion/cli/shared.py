@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all commands share: the app, the consoles, options of several commands, and how things are printed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    name="deepfusion",
+    help="Fuse a fleet of unlike small language models into one Mixture-of-Experts checkpoint.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+out = Console(width=None if sys.stdout.isatty() else 160)  # a file or a pipe has no width of its own
+err = Console(stderr=True)
+
+ConfigPath = Annotated[Path, typer.Argument(help="A TOML file, e.g. configs/quickstart.toml", metavar="CONFIG")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", help="Override one value: section.key=value. May be repeated.", metavar="K=V"),
+]
+Seed = Annotated[int | None, typer.Option(help="Override the run's seed.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
+
+
+def examples(*lines: str) -> str:
+    """The examples at the foot of a command's `--help`."""
+    return "[bold]Examples[/bold]\n\n" + "\n\n".join(f"  [cyan]{line}[/cyan]" for line in lines)
+
+
+def escape(text: str) -> str:
+    """Text as it stands, where rich would read markup."""
+    return text.replace("[", r"\[")
+
+
+def show(value: dict[str, Any], as_json: bool, text: str) -> None:
+    """Print a result, for machines or for people."""
+    if as_json:
+        sys.stdout.write(json.dumps(value) + "\n")
+    else:
+        out.print(text)

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several methods over several seeds: what each is worth and what it costs, as data, as a table, and as one page."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from deepfusion.record import Record
+from deepfusion.report.rows import size
+from deepfusion.statistics import paired_difference
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        record: what it measured.
+        folder: where it is.
+        documents: each test document's negative log-likelihood in nats under its MoE, and its counted tokens.
+    """
+
+    record: Record
+    folder: Path
+    documents: tuple[np.ndarray, np.ndarray]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Spread(_Part):
+    """Mean over seeds, and their standard deviation (0 with one seed)."""
+
+    mean: float
+    deviation: float
+
+
+class Gap(_Part):
+    """Log-perplexity above the main method's, in nats a token: paired bootstrap over seeds and documents, 95%."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} ({self.low:+.3f} to {self.high:+.3f}), {self.verdict}"
+
+    @property
+    def verdict(self) -> str:
+        """A claim only where the interval excludes zero."""
+        return "worse" if self.low > 0 else "better" if self.high < 0 else "no difference shown"
+
+
+class MethodResult(_Part):
+    """One method over its seeds; costs are means over seeds.
+
+    Attributes:
+        gap: None for the main method, and where it has no seed in common with it.
+        device_memory_bytes: estimate of the largest device's training.
+        rounds: log-perplexity after each round, of each seed; empty for one-shot methods.
+        bytes_by_kind: bytes of the whole fleet by direction and kind.
+        seconds_by_stage: of the server, and `devices` for the sum of the devices' own.
+        left_out: devices that had no part, a seed.
+    """
+
+    name: str
+    seeds: list[int]
+    log_perplexity: Spread
+    perplexity: Spread
+    token_accuracy: Spread
+    public_only: Spread | None
+    domains: dict[str, Spread]
+    gap: Gap | None
+    upload_bytes: float
+    download_bytes: float
+    init_bytes: float
+    total_bytes: float
+    device_memory_bytes: float
+    device_peak_bytes: float | None
+    device_tokens: float
+    server_tokens: float
+    device_flops: float
+    server_flops: float
+    left_out: float
+    rounds: list[list[float]]
+    bytes_by_kind: dict[str, float]
+    seconds_by_stage: dict[str, float]
+    folders: list[str]
+
+
+class Comparison(_Part):
+    """What `compare.json` holds."""
+
+    main: str
+    methods: list[MethodResult]
+    failures: dict[str, str]
+    test_tokens: int
+
+    @property
+    def many(self) -> bool:
+        """Whether some method has several seeds."""
+        return any(len(method.seeds) > 1 for method in self.methods)
+
+
+def compare_runs(runs: Sequence[Run], failures: Mapping[str, str], *, main: str) -> Comparison:
+    """Group runs by method, best first, and compare each method with `main` on the seeds that both have."""
+    by_method: dict[str, dict[int, Run]] = {}
+    for run in runs:
+        by_method.setdefault(run.record.method, {})[run.record.seed] = run
+    results = [_result(name, mine, by_method.get(main, {}), main) for name, mine in by_method.items()]
+    return Comparison(
+        main=main,
+        methods=sorted(results, key=lambda result: result.log_perplexity.mean),
+        failures=dict(failures),
+        test_tokens=runs[0].record.metrics.tokens,
+    )
+
+
+def _result(name: str, runs: Mapping[int, Run], mains: Mapping[int, Run], main: str) -> MethodResult:
+    records = [runs[seed].record for seed in sorted(runs)]
+
+    def spread(values: Sequence[float]) -> Spread:
+        return Spread(mean=statistics.mean(values), deviation=statistics.stdev(values) if len(values) > 1 else 0.0)
+
+    def mean(values: Sequence[float]) -> float:
+        return statistics.mean(values) if values else 0.0
+
+    public = [r.baselines.public_only.perplexity for r in records if r.baselines.public_only]
+    peaks = [max(found) for r in records if (found := [d.peak_memory_bytes for d in r.devices if d.peak_memory_bytes])]
+    budgets = [record.budget for record in records if record.budget]
+    stages = {stage for record in records for stage in record.seconds if not stage.startswith("scores/")}
+    seconds = {stage: mean([record.seconds.get(stage, 0.0) for record in records]) for stage in sorted(stages)}
+    seconds["devices"] = mean([sum(device.seconds or 0.0 for device in record.devices) for record in records])
+    kinds = {kind for record in records for kind in record.bytes_by_kind}
+    return MethodResult(
+        name=name,
+        seeds=sorted(runs),
+        log_perplexity=spread([record.metrics.log_perplexity for record in records]),
+        perplexity=spread([record.metrics.perplexity for record in records]),
+        token_accuracy=spread([record.metrics.token_accuracy for record in records]),
+        public_only=spread(public) if public else None,
+        domains={
+            domain: spread([record.metrics.domains[domain].perplexity for record in records])
+            for domain in sorted(records[0].metrics.domains)
+        },
+        gap=None if name == main else _gap(runs, mains),
+        upload_bytes=mean([record.ledger.upload_bytes for record in records]),
+        download_bytes=mean([record.ledger.download_bytes for record in records]),
+        init_bytes=mean([record.ledger.init_bytes for record in records]),
+        total_bytes=mean([record.ledger.total_bytes for record in records]),
+        device_memory_bytes=mean([max(device.estimated_memory_bytes for device in r.devices) for r in records]),
+        device_peak_bytes=mean(peaks) if peaks else None,
+        device_tokens=mean([budget.device_tokens for budget in budgets]),
+        server_tokens=mean([budget.server_tokens for budget in budgets]),
+        device_flops=mean([budget.device_flops for budget in budgets]),
+        server_flops=mean([budget.server_flops for budget in budgets]),
+        left_out=mean([len(record.failures) for record in records]),
+        rounds=[[metrics.log_perplexity for metrics in record.rounds] for record in records if record.rounds],
+        bytes_by_kind={kind: mean([record.bytes_by_kind.get(kind, 0) for record in records]) for kind in sorted(kinds)},
+        seconds_by_stage=seconds,
+        folders=[str(runs[seed].folder) for seed in sorted(runs)],
+    )
+
+
+def _gap(runs: Mapping[int, Run], mains: Mapping[int, Run]) -> Gap | None:
+    both = sorted(runs.keys() & mains.keys())
+    if not both:
+        return None
+    ours, theirs = ([side[seed].documents[0] for seed in both] for side in (runs, mains))
+    found = paired_difference(ours, theirs, runs[both[0]].documents[1])
+    return Gap(mean=found.mean, low=found.low, high=found.high, seeds=len(both))
+
+
+# ---------------------------------------------------------------------------------------------- the table
+
+
+def comparison_table(found: Comparison) -> Table:
+    """One row for each method, best first."""
+    many = found.many
+    table = Table(
+        title=f"Methods by log-perplexity on {found.test_tokens:,} test tokens", title_justify="left", box=SIMPLE_HEAD
+    )
+    table.add_column("method", no_wrap=True)
+    for column in ("seeds", "perplexity", f"nats above {found.main}", "accuracy", "traffic", "device memory",
+                   "device tokens", "server tokens", "FLOPs: devices", "server", "left out"):  # fmt: skip
+        table.add_column(column, justify="right")
+    for method in found.methods:
+        said = str(method.gap) if method.gap else ""
+        table.add_row(
+            escape(method.name), str(len(method.seeds)), with_spread(method.perplexity, 1, many=many), said,
+            f"{method.token_accuracy.mean:.1%}", size(method.total_bytes), size(method.device_memory_bytes),
+            f"{method.device_tokens:,.0f}", f"{method.server_tokens:,.0f}", f"{method.device_flops:.1e}",
+            f"{method.server_flops:.1e}", f"{method.left_out:g}", style="bold" if method.name == found.main else "",
+        )  # fmt: skip
+    said = [f"{escape(run)} failed: {escape(reason)}" for run, reason in found.failures.items()]
+    if not many:
+        said.append("One seed: differences are of these documents only. A claim needs at least three.")
+    table.caption, table.caption_justify = "\n".join(said), "left"
+    return table
+
+
+def with_spread(value: Spread, digits: int, *, many: bool) -> str:
+    """A mean for people, with its deviation where there are several seeds."""
+    return f"{value.mean:.{digits}f}" + (f" ± {value.deviation:.{digits}f}" if many else "")

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`deepfusion compare`: one budget for all, nothing done twice, a failed method named, claims only where they are shown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deepfusion.comparing import beside, compare, document_scores
+from deepfusion.config import RunConfig, parse_config
+from deepfusion.errors import ConfigError
+from deepfusion.methods import Centralised, FedAvg, OfaKd, methods
+from deepfusion.record import Record
+from deepfusion.report.comparison import Comparison, Gap
+from small_world import small_tree, write_text
+
+WARM = {"steps": 2, "training": {"batch_size": 4, "learning_rate": 3e-3}}
+NAMES = ("fedavg", "deepfusion", "ofa")
+
+
+def tree_of(root: Path, **changes: Any) -> dict[str, Any]:
+    tree = small_tree(root, warm_start=WARM, compare={"fedavg": {"rounds": 2, "tune": {"balance": 0.0}}}, **changes)
+    tree["devices"]["max_steps"] = 4
+    return tree
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    root = tmp_path_factory.mktemp("text")
+    write_text(root)
+    return parse_config(tree_of(root))
+
+
+@pytest.fixture(scope="module")
+def compared(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison]:
+    out = tmp_path_factory.mktemp("compared")
+    return out, compare(config, NAMES, [0, 1], out)
+
+
+def test_every_rival_reads_as_many_public_tokens_on_the_server(config: RunConfig) -> None:
+    for name in set(methods) - {"deepfusion"}:
+        settings = beside(config, name, 3)
+        assert (settings.seed, settings.target, settings.data) == (3, config.target, config.data)
+    alone = beside(config, "fedavg", 0).method
+    assert isinstance(alone, FedAvg)
+    assert alone.tune.steps == (6 * 4 * 3 + 4 * 4) // 4, "distillation of three domains and tuning"
+    assert (alone.rounds, alone.tune.balance) == (2, 0.0), "what the configuration gives it"
+    together = beside(config, "centralised", 0).method
+    assert isinstance(together, Centralised)
+    assert together.training.optimisation.batch_size == 4 * 3
+    other = beside(config, "ofa", 0).method
+    assert isinstance(other, OfaKd)
+    assert other.cluster == config.method.cluster  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_budgets_and_traffic_are_in_the_comparison(compared: tuple[Path, Comparison]) -> None:
+    by_name = {method.name: method for method in compared[1].methods}
+    assert set(by_name) == set(NAMES)
+    assert len({method.server_tokens for method in by_name.values()}) == 1
+    assert len({method.device_tokens for method in by_name.values()}) == 1
+    assert by_name["ofa"].total_bytes == by_name["deepfusion"].total_bytes
+    assert by_name["fedavg"].total_bytes > by_name["deepfusion"].total_bytes
+    assert by_name["fedavg"].device_memory_bytes > by_name["deepfusion"].device_memory_bytes
+    for method in by_name.values():
+        assert sum(method.bytes_by_kind.values()) == method.total_bytes
+        assert [len(rounds) for rounds in method.rounds] == ([2, 2] if method.name == "fedavg" else [])
+
+
+def test_what_the_main_run_has_made_is_not_made_again(compared: tuple[Path, Comparison]) -> None:
+    out = compared[0]
+    for name in ("uploads/device-000.safetensors", "proxies"):
+        ours, theirs = (out / method / "seed-0" / name for method in ("deepfusion", "ofa"))
+        files = [ours] if ours.is_file() else sorted(ours.rglob("*.safetensors"))
+        assert files
+        for file in files:
+            assert file.samefile(theirs / file.relative_to(ours) if ours.is_dir() else theirs)
+    rows = (out / "fedavg" / "seed-0" / "ledger.jsonl").read_text().splitlines()
+    assert {json.loads(row)["what"] for row in rows} == {"model"}, "not the main run's bytes"
+
+
+def test_a_second_comparison_reads_what_is_there(config: RunConfig, compared: tuple[Path, Comparison]) -> None:
+    out, found = compared
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.parent != out}
+    said: list[str] = []
+    assert compare(config, NAMES, [0, 1], out, note=said.append) == found
+    assert not said
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_the_gap_is_that_of_the_test_documents(compared: tuple[Path, Comparison]) -> None:
+    out, found = compared
+    gap = next(method.gap for method in found.methods if method.name == "fedavg")
+    assert gap is not None
+    means = []
+    for seed in (0, 1):
+        (ours, tokens), (theirs, _) = (
+            document_scores(out / name / f"seed-{seed}") for name in ("fedavg", "deepfusion")
+        )
+        means.append((ours.sum() - theirs.sum()) / tokens.sum())
+        record = Record.load(out / "fedavg" / f"seed-{seed}" / "record.json")
+        assert record.metrics.log_perplexity == pytest.approx(ours.sum() / tokens.sum(), abs=1e-5)
+    assert gap.mean == pytest.approx(float(np.mean(means)))
+    assert gap.low <= gap.mean <= gap.high
+    assert next(method.gap for method in found.methods if method.name == "deepfusion") is None
+
+
+def test_a_claim_needs_an_interval_without_zero() -> None:
+    verdicts = [
+        Gap(mean=0, low=low, high=high, seeds=3).verdict for low, high in ((0.1, 0.3), (-0.3, -0.1), (-0.1, 0.1))
+    ]
+    assert verdicts == ["worse", "better", "no difference shown"]
+
+
+def test_the_page_stands_alone_and_shows_every_method(compared: tuple[Path, Comparison]) -> None:
+    page = (compared[0] / "compare.html").read_text(encoding="utf-8")
+    assert "http" not in page.replace("http://www.w3.org", "")
+    for title in (
+        "Quality against traffic",
+        "Quality against device memory",
+        "Quality by round",
+        "Where the bytes went",
+    ):
+        assert title in page
+    for group in range(len(NAMES)):
+        assert page.count(f'data-m="{group}"') >= 5, "two tables and three charts follow its checkbox"
+
+
+def test_a_method_that_fails_is_named_and_the_others_go_on(config: RunConfig, tmp_path: Path) -> None:
+    tree = tree_of(config.data.folder)
+    tree["devices"]["memory_limit_gib"] = 0.0034  # enough for the devices' own models, not for the whole MoE
+    found = compare(parse_config(tree), ["deepfusion", "fedavg"], [0], tmp_path)
+    assert [method.name for method in found.methods] == ["deepfusion"]
+    assert "does not fit" in found.failures["fedavg, seed 0"] or "do not fit" in found.failures["fedavg, seed 0"]
+    assert "Did not come to an end" in (tmp_path / "compare.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("names", "changes", "said"),
+    [
+        (["fedavgg"], {}, r'--methods fedavgg: no such method \(did you mean "fedavg"\?\)'),
+        (["ofa"], {"method": "fedavg"}, "given the budget of DeepFusion"),
+        (["fedavg"], {"compare": {"fedavg": {"round": 3}}}, r"round = 3: unknown"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_before_anything_runs(
+    names: list[str], changes: dict[str, Any], said: str, config: RunConfig, tmp_path: Path
+) -> None:
+    tree = {**tree_of(config.data.folder), **changes}
+    if "method" in changes:
+        tree = {k: v for k, v in tree.items() if k not in ("cluster", "distillation")}
+    with pytest.raises(ConfigError, match=said):
+        compare(parse_config(tree), names, [0], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
