@@ -102,7 +102,8 @@ def attention_of(model: PreTrainedModel, batch: Batch, times: int) -> Callable[[
 
 
 def extra_memory(step: Callable[[], None]) -> float:
-    """Largest sum of what was allocated and not yet freed within one step, in MiB."""
+    """Largest sum of what was allocated and not yet freed within one step, in MiB; gradients are there before it."""
+    step()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         step()
     held = peak = 0
@@ -203,8 +204,8 @@ def main() -> None:
             step()
             if repeat:
                 taken[name].append(time.perf_counter() - began)
-            student.zero_grad(set_to_none=False)
-            adapter.zero_grad(set_to_none=False)
+            student.zero_grad()  # as training does
+            adapter.zero_grad()
     for name, (step, against) in ways.items():
         # repeat by repeat, so that the machine's moods meet both sides alike
         ratios = sorted(mine / bound for mine, bound in zip(taken[name], taken[against], strict=True))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch.nn import functional
 
-CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
+CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}
 """Logits that one chunk holds: enough for its matrix products to run at full speed."""
 TILE_ELEMENTS = {"cpu": 1 << 17}
 """Logits that one softmax looks at: about a core's cache on a CPU; elsewhere the whole chunk."""
@@ -256,5 +256,6 @@ class FusedTokenLoss(torch.autograd.Function):
         if gradients is None:
             raise RuntimeError("next_token_losses: its gradient was used up by an earlier backward pass; call it again")
         found = (gradients.hidden_RH, gradients.weight_VH, gradients.bias_V)
-        scaled = [None if gradient is None else gradient.mul_(upstream[0]) for gradient in found]
-        return *scaled, *[None] * (len(ctx.needs_input_grad) - 3)
+        if upstream[0].is_cuda or float(upstream[0]) != 1:  # on a GPU to look is slower than to multiply
+            found = tuple(None if gradient is None else gradient.mul_(upstream[0]) for gradient in found)
+        return *found, *[None] * (len(ctx.needs_input_grad) - 3)

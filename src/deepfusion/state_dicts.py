@@ -58,6 +58,35 @@ def average(states: Iterable[tuple[str, Mapping[str, torch.Tensor], float]]) -> 
     return sums
 
 
+def average_present(states: Iterable[tuple[str, Mapping[str, torch.Tensor], float]]) -> State:
+    """Like `average`, for models that hold different tensors: each tensor's mean over the models that have it.
+
+    The weights of a tensor's holders are normalised to sum to 1; a tensor that nobody holds is not in the result.
+
+    Raises:
+        ModelError: numbers that are not finite, or a tensor of two shapes.
+    """
+    sums: State = {}
+    totals: dict[str, float] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    for source, state, weight in states:
+        check_finite(state, source)
+        for name, tensor in state.items():
+            if name not in sums:
+                sums[name], totals[name], dtypes[name] = (
+                    torch.zeros_like(tensor, dtype=torch.float64),
+                    0.0,
+                    tensor.dtype,
+                )
+            elif sums[name].shape != tensor.shape:
+                shapes = f"{list(tensor.shape)}, elsewhere {list(sums[name].shape)}"
+                raise ModelError(f"{source}: tensor {name} is {shapes}; average only tensors of one shape")
+            sums[name].add_(tensor, alpha=weight)
+            totals[name] += weight
+        del state  # before the next one is read
+    return {name: total.div_(totals[name]).to(dtypes[name]) for name, total in sums.items()}
+
+
 def _difference(found: Mapping[str, object], first: Mapping[str, object], source: str, reference: str) -> str:
     name = next(n for n in sorted({*found, *first}) if found.get(n) != first.get(n))
     return (

@@ -5,5 +5,16 @@ from deepfusion.methods.base import Method, TargetOptions, methods
 from deepfusion.methods.centralised import Centralised
 from deepfusion.methods.deepfusion import DeepFusion, FedMktOneShot, OfaKd
 from deepfusion.methods.fedavg import FedAvg
+from deepfusion.methods.fedjets import FedJets
 
-__all__ = ["Centralised", "DeepFusion", "FedAvg", "FedMktOneShot", "Method", "OfaKd", "TargetOptions", "methods"]
+__all__ = [
+    "Centralised",
+    "DeepFusion",
+    "FedAvg",
+    "FedJets",
+    "FedMktOneShot",
+    "Method",
+    "OfaKd",
+    "TargetOptions",
+    "methods",
+]

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from deepfusion.methods.assembly import TextTraining
 from deepfusion.methods.base import Method
 from deepfusion.methods.exchange import WarmStart
+from deepfusion.stages.embed import Embedding
 from deepfusion.stages.tune import TuneOptions
 from deepfusion.training import Optimisation
 
@@ -45,11 +46,13 @@ class Budget:
     """What DeepFusion's rivals are given: the same warm start, and as many of the server's tokens.
 
     Attributes:
+        embed: how devices describe their text, for the methods that ask.
         warm_start: on public text, outside the count; the same number of steps for whatever model a method starts from.
         training: one training that reads what the distillation of all domains does.
         tune: how DeepFusion tunes its MoE; there the tokens of rivals that have no other training go, see `tune_steps`.
     """
 
+    embed: Embedding
     warm_start: WarmStart
     training: TextTraining
     tune: TuneOptions

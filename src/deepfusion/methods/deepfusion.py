@@ -238,7 +238,7 @@ class DeepFusion:
         optimisation = self.distillation.optimisation
         wide = replace(optimisation, batch_size=optimisation.batch_size * domains)
         training = assembly.TextTraining(steps=self.distillation.steps, optimisation=wide)
-        return Budget(self.warm_start, training, self.tune)
+        return Budget(self.embed, self.warm_start, training, self.tune)
 
     def hosted(self, own: PreTrainedConfig, target: PreTrainedConfig) -> PreTrainedConfig:
         """The device's own model, whatever the MoE."""

@@ -27,7 +27,7 @@ from deepfusion.federation.spool import Check, Spool, collect
 from deepfusion.methods.base import Site
 from deepfusion.stages import evaluate
 from deepfusion.stages.embed import Embedding, ServerProbe
-from deepfusion.stages.local import steps_for, train_causal_lm
+from deepfusion.stages.local import Penalty, steps_for, train_causal_lm
 from deepfusion.stages.proxy import MODEL, Judge, load_upload
 from deepfusion.state_dicts import distinct_state, load_distinct
 from deepfusion.training import Optimisation, derive_seed
@@ -140,12 +140,12 @@ def answer_with_model(device: Device, request: Payload, embed: Embedding) -> Pay
 
 
 def train_here(
-    device: Device, model: PreTrainedModel, *, balance: float = 0.0, part: int = 0, parts: int = 1
+    device: Device, model: PreTrainedModel, *, penalty: Penalty | None = None, part: int = 0, parts: int = 1
 ) -> dict[str, str | int | float | bool]:
     """On the device: train a model in place on the device's text; what the answer says of it.
 
     Args:
-        balance: weight of the balance loss over the experts of a MoE.
+        penalty: what is added to the loss of a MoE.
         part, parts: of the device's steps, which are the same in sum whatever the number of parts.
     """
     started_from = models.init_id(model)
@@ -160,7 +160,7 @@ def train_here(
         seed=device.seed if parts == 1 else derive_seed(device.seed, "part", part),
         label=device.id,
         first_step=first,
-        balance=balance,
+        penalty=penalty,
         scratch=device.scratch / started_from if device.scratch else None,
     )
     told: dict[str, str | int | float | bool] = {

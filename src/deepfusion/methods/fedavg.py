@@ -11,11 +11,11 @@ from typing import ClassVar
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from deepfusion.devices.device import Device
-from deepfusion.federation.payload import read_file
 from deepfusion.methods import exchange, rounds
 from deepfusion.methods.base import Site, methods
+from deepfusion.stages.local import balance_penalty
 from deepfusion.stages.proxy import MODEL
-from deepfusion.state_dicts import average, distinct_state
+from deepfusion.state_dicts import average, distinct_state, load_distinct
 from deepfusion.types import Call, Payload, State
 
 
@@ -28,7 +28,10 @@ class FedAvg(rounds.Rounds):
 
     def client(self, device: Device, request: Payload) -> Payload:
         """Train the MoE on the round's part of the device's text."""
-        return rounds.train_what_was_sent(device, request, self.balance)
+        model = rounds.received_model(request)
+        load_distinct(model, exchange.with_prefix(request, MODEL))
+        penalty = balance_penalty(model, self.balance) if self.balance else None
+        return rounds.answer(device, request, model, lambda: distinct_state(model), penalty)
 
     def server(self, site: Site, call: Call) -> Path:
         """Rounds of sending, training and averaging; then the tuning on public text that every method ends with."""
@@ -45,16 +48,11 @@ class FedAvg(rounds.Rounds):
             sent = rounds.request(distinct_state(model), model.config, self.rounds)
             return {card.id: sent for card in self.participants(site, number)}
 
-        return rounds.run_round(site, call, number, moe, ask, _mean, self.rounds, self.participation, self.balance)
+        def fold(_model: PreTrainedModel, files: Mapping[str, Path]) -> State:
+            return average(rounds.answers(files))
+
+        return rounds.run_round(site, call, number, moe, ask, fold, self.rounds, self.participation, self.balance)
 
     def hosted(self, own: PreTrainedConfig, target: PreTrainedConfig) -> PreTrainedConfig:
         """The whole MoE."""
         return target
-
-
-def _mean(_model: PreTrainedModel, files: Mapping[str, Path]) -> State:
-    """The answers' mean by tokens; one is in memory at a time."""
-    answers = ((device, read_file(path, source=f"device {device}")) for device, path in files.items())
-    return average(
-        (device, exchange.with_prefix(answer, MODEL), rounds.tokens_of(answer)) for device, answer in answers
-    )

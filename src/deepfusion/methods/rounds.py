@@ -23,13 +23,14 @@ from deepfusion.devices import models
 from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import DeviceCard, FleetOptions
 from deepfusion.devices.memory import forward_flops_per_token
-from deepfusion.federation.payload import check_metadata, check_state
+from deepfusion.federation.payload import check_metadata, check_state, read_file
 from deepfusion.methods import assembly, exchange
 from deepfusion.methods.base import Site, TargetOptions, family_faults, precision_faults
 from deepfusion.methods.budget import Budget, Shapes, Work, rows
+from deepfusion.stages.local import Penalty
 from deepfusion.stages.proxy import MODEL
 from deepfusion.stages.tune import TuneOptions
-from deepfusion.state_dicts import distinct_state, load_distinct
+from deepfusion.state_dicts import load_distinct
 from deepfusion.training import derive_seed
 from deepfusion.types import Call, Payload, State
 
@@ -90,6 +91,10 @@ class Rounds:
         training = assembly.TextTraining(steps=self.warm_start.steps, optimisation=self.warm_start.training)
         return assembly.upcycled(site, "start/", _public(site), training=training, noise=self.noise)
 
+    def common_expert(self, site: Site) -> Path:
+        """The base that all experts are copies of, once `begin` has made it."""
+        return site.folder / "start" / "trained" / "0" if self.warm_start.steps else assembly.base(site)
+
     def finish(self, site: Site, moe: Path) -> Path:
         """Tune the last round's MoE on public text."""
         return assembly.tuned_on_text(site, "moe", moe, _public(site), _digest(moe), options=self.tune)
@@ -145,19 +150,26 @@ def request(state: State, config: PreTrainedConfig, parts: int) -> Payload:
     return Payload("model", arrays, {"config": config.to_json_string(use_diff=False), "parts": parts})
 
 
-def train_what_was_sent(device: Device, request: Payload, balance: float) -> Payload:
-    """On the device: train the model of a request on the request's part of the text, and answer with it."""
-    model = models.from_config(models.config_from_json(str(request.metadata["config"])), seed=0)
-    load_distinct(model, exchange.with_prefix(request, MODEL))
-    told = exchange.train_here(device, model, balance=balance, part=request.round, parts=int(request.metadata["parts"]))
-    arrays = {MODEL + name: tensor.detach().cpu() for name, tensor in distinct_state(model).items()}
+def received_model(request: Payload) -> PreTrainedModel:
+    """On the device: a model of the request's configuration; its weights are yet to be put in."""
+    return models.from_config(models.config_from_json(str(request.metadata["config"])), seed=0)
+
+
+def answer(
+    device: Device, request: Payload, model: PreTrainedModel, state: Callable[[], State], penalty: Penalty | None
+) -> Payload:
+    """On the device: train the model on the round's part of the text, and answer with what `state` says of it then."""
+    told = exchange.train_here(device, model, penalty=penalty, part=request.round, parts=int(request.metadata["parts"]))
+    arrays = {MODEL + name: tensor.detach().cpu().contiguous() for name, tensor in state().items()}
     echoed = {name: request.metadata[name] for name in ("architecture", "init_id")}
     return Payload("model", arrays, {**told, **echoed}, round=request.round)
 
 
-def tokens_of(answer: Payload) -> int:
-    """What an answer weighs in an average: the tokens that its device reads; one where it has no text."""
-    return max(1, int(answer.metadata["tokens"]))
+def answers(files: Mapping[str, Path]) -> Iterator[tuple[str, State, int]]:
+    """Each answer's device, tensors and weight (its tokens; one where it has no text); one is in memory at a time."""
+    for device, path in files.items():
+        payload = read_file(path, source=f"device {device}")
+        yield device, exchange.with_prefix(payload, MODEL), max(1, int(payload.metadata["tokens"]))
 
 
 def _public(site: Site) -> PackedText:

@@ -42,4 +42,6 @@ def headline(record: Record) -> str:
         word = "below" if change >= 0 else "above"
         said += f", {abs(change):.0%} {word} the same MoE trained on public text alone ({public.perplexity:.1f})"
     sent = sum(1 for device in record.devices if device.upload_bytes)
-    return f"{said}; {sent} devices uploaded {size(record.ledger.upload_bytes)}, once."
+    rounds = record.config.get("rounds", 1)
+    how = "once" if rounds == 1 else f"in {rounds} rounds"
+    return f"{said}; {sent} devices uploaded {size(record.ledger.upload_bytes)}, {how}."

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from transformers import PreTrainedModel
 
 from deepfusion.data.packing import PackedText
@@ -13,7 +16,7 @@ from deepfusion.devices.features import forward
 from deepfusion.fused import Scores
 from deepfusion.losses import balance_loss, next_token_losses
 from deepfusion.moe import families
-from deepfusion.moe.base import router_logits
+from deepfusion.moe.base import router_inputs, router_logits
 from deepfusion.training import Checkpoint, Optimisation, accelerator, fit
 from deepfusion.types import Progress, silent
 
@@ -27,6 +30,35 @@ def steps_for(
     return steps if max_steps is None else min(steps, max_steps)
 
 
+class Routing(NamedTuple):
+    """How a MoE has routed a batch.
+
+    Attributes:
+        inputs: each MoE layer's router input, (B*T, H), with gradient.
+        logits: each MoE layer's router logits, (B*T, E), with gradient.
+        valid_BT: False on padding.
+    """
+
+    inputs: Sequence[torch.Tensor]
+    logits: Sequence[torch.Tensor]
+    valid_BT: torch.Tensor
+
+
+Penalty = Callable[[Routing], torch.Tensor]
+"""A scalar with gradient."""
+
+
+def balance_penalty(model: PreTrainedModel, weight: float) -> Penalty:
+    """The balance loss over the experts, weighted."""
+    family, top_k = families[model.config.model_type], int(model.config.num_experts_per_tok)
+
+    def penalty(routing: Routing) -> torch.Tensor:
+        shares = [family.probabilities(logits_RE.float()) for logits_RE in routing.logits]
+        return weight * balance_loss(shares, top_k, routing.valid_BT)
+
+    return penalty
+
+
 def train_causal_lm(
     model: PreTrainedModel,
     text: PackedText,
@@ -36,7 +68,7 @@ def train_causal_lm(
     seed: int,
     label: str,
     first_step: int = 0,
-    balance: float = 0.0,
+    penalty: Penalty | None = None,
     scratch: Path | None = None,
     progress: Progress = silent,
 ) -> list[dict[str, float]]:
@@ -46,7 +78,7 @@ def train_causal_lm(
 
     Args:
         first_step: steps that have read of this text before; this training reads on from there.
-        balance: weight of the balance loss over the experts of a MoE.
+        penalty: what is added to the loss of a MoE, out of its routing.
     """
     compute = accelerator(optimisation.precision)
     model.to(compute.device).train()
@@ -58,13 +90,11 @@ def train_causal_lm(
         loss_sum = 0.0
         for part in range(optimisation.accumulate):
             batch = text.batch((first_step + step) * optimisation.accumulate + part, micro).to(compute.device)
-            with compute.autocast(), router_logits(model) as routed:
+            with compute.autocast(), router_logits(model) as logits, router_inputs(model) as inputs:
                 logits_BTV = forward(model, batch).logits_BTV
             loss, _ = next_token_losses(Scores(logits_BTV), [], batch, temperature=1.0)
-            if balance:
-                family, top = families[model.config.model_type], int(model.config.num_experts_per_tok)
-                shares = [family.probabilities(logits_RE.float()) for logits_RE in routed]
-                loss = loss + balance * balance_loss(shares, top, batch.valid_BT)
+            if penalty is not None:
+                loss = loss + penalty(Routing(inputs, logits, batch.valid_BT))
             compute.backward(loss / optimisation.accumulate)
             loss_sum += float(loss.detach())
             del logits_BTV, loss  # or they would live on beside the next step's
