@@ -18,7 +18,7 @@ test-slow: install ## the tests that take minutes; one of them on a pretrained m
 
 bench: install ## ratios against peers and the machine's limits
 	$(PY) benchmarks/distill_step.py
-	$(PY) benchmarks/distill_step.py --vocabulary 50304 --rows 2
+	$(PY) benchmarks/distill_step.py --vocabulary 50304 --repeats 2
 	$(PY) benchmarks/merge.py
 	$(PY) benchmarks/door.py
 	$(PY) benchmarks/scaling.py
