@@ -41,7 +41,7 @@ def summary_table(records: Sequence[Record]) -> Table:
 
 def _caption(record: Record) -> str:
     ledger, seconds = record.ledger, sum(record.seconds.values())
-    failed = f", {len(record.failures)} failed" if record.failures else ""
+    failed = f", {len(record.failures)} had no part" if record.failures else ""
     return (
         f"{escape(headline(record))}\n{len(record.devices)} devices{failed}; {size(ledger.total_bytes)} in all "
         f"(up {size(ledger.upload_bytes)}, first weights {size(ledger.init_bytes)}, other down {size(ledger.download_bytes)}); "
