@@ -59,9 +59,8 @@ def compare(
             record = _finished(folder, settings)
             if record is None:
                 note(f"{name}, seed {seed}: {folder}")
-                alike = isinstance(
-                    settings.method, DeepFusion
-                )  # the same exchange: uploads and their bytes are the same
+                # those of one exchange have the same uploads, and the same bytes in the ledger
+                alike = isinstance(settings.method, DeepFusion)
                 start_from(out / MAIN / f"seed-{seed}", folder, only=() if alike else ("data",))
                 record = launch(settings, folder, resume=True, progress=progress)
             assert record is not None

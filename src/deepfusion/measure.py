@@ -59,6 +59,7 @@ def measure(
     )
     clusters = read_clusters(site.folder.path)
     merged = site.folder / "merged"
+    devices = _devices(config, site, ledger, clusters)
     return Record(
         run_id=f"{config.name}-{key_of(tree_of(config))[:8]}",
         name=config.name,
@@ -70,8 +71,8 @@ def measure(
         baselines=_baselines(config, site, scorer, clusters, reference),
         ledger=LedgerTotals(**ledger.totals()),
         bytes_by_kind=ledger.by_kind(),
-        budget=_budget(config, site),
-        devices=_devices(config, site, ledger, clusters),
+        budget=_budget(config, site, devices),
+        devices=devices,
         clusters=clusters,
         seconds=_seconds(site.folder),
         versions=versions(),
@@ -190,11 +191,11 @@ def _baselines(
     )  # fmt: skip
 
 
-def _budget(config: RunConfig, site: Site) -> BudgetRecord:
+def _budget(config: RunConfig, site: Site, devices: Sequence[DeviceRecord]) -> BudgetRecord:
     fleet, length, hosted = config.devices, site.sequence_length, hosted_configs(config)
     read = flops = 0
-    for card in site.cards:
-        shape, tokens = hosted[card.model.name], private_corpus(config, site.data, card.id).num_tokens
+    for device in devices:
+        shape, tokens = hosted[device.architecture], device.tokens
         if shape is not None:
             steps = (
                 steps_for(tokens, length, fleet.training, fleet.epochs, fleet.max_steps) * config.method.participation

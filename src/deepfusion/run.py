@@ -87,10 +87,11 @@ def too_large(config: RunConfig) -> dict[str, str]:
     """The devices that cannot hold what they would train in their stated memory, and what would fit."""
     length, training = config.data.sequence_length, config.devices.training
     own, hosted = own_configs(config), hosted_configs(config)
+    needs = {name: memory.training_memory(s, training, length).total if s else 0 for name, s in hosted.items()}
     found: dict[str, str] = {}
     for card in cards(config.devices, config.seed):
         shape, limit = hosted[card.model.name], card.memory_limit_bytes
-        need = memory.training_memory(shape, training, length).total if shape else 0
+        need = needs[card.model.name]
         if shape is not None and limit is not None and need > limit:
             what = card.model.name if shape == own[card.model.name] else shape.model_type
             others = list(own.items()) if shape == own[card.model.name] else []

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
@@ -30,38 +30,33 @@ def average(states: Iterable[tuple[str, Mapping[str, torch.Tensor], float]]) -> 
     Raises:
         ModelError: no model, numbers that are not finite, or names, shapes or types that differ.
     """
-    sums: State = {}
     first: dict[str, tuple[torch.Size, torch.dtype]] = {}
-    total, reference = 0.0, ""
-    for source, state, weight in states:
-        check_finite(state, source)
-        found = {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
-        if not first:
-            first, reference = found, source
-        elif found != first:
-            raise ModelError(_difference(found, first, source, reference))
-        for name, tensor in state.items():
-            if not tensor.is_floating_point():
-                sums.setdefault(name, tensor.clone())
-            elif name in sums:
-                sums[name].add_(tensor, alpha=weight)
-            else:
-                sums[name] = tensor.double() * weight
-        total += weight
-        del state  # before the next one is read
+    reference, total = "", 0.0
+
+    def alike() -> Iterator[tuple[str, Mapping[str, torch.Tensor], float]]:
+        nonlocal first, reference, total
+        for source, state, weight in states:
+            found = {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
+            if not first:
+                first, reference = found, source
+            elif found != first:
+                raise ModelError(_difference(found, first, source, reference))
+            total += weight
+            yield source, state, weight
+            del state  # before the next one is read
+
+    mean = average_present(alike())
     if not first:
         raise ModelError("no model to average; at least one is needed")
     assert total > 0, "all weights are zero"
-    for name in list(sums):  # one after the other: the result takes the place of the sums
-        mean = sums.pop(name)
-        sums[name] = (mean.div_(total) if mean.is_floating_point() else mean).to(first[name][1])
-    return sums
+    return mean
 
 
 def average_present(states: Iterable[tuple[str, Mapping[str, torch.Tensor], float]]) -> State:
     """Like `average`, for models that hold different tensors: each tensor's mean over the models that have it.
 
-    The weights of a tensor's holders are normalised to sum to 1; a tensor that nobody holds is not in the result.
+    The weights of a tensor's holders are normalised to sum to 1; a tensor that nobody holds is not in the result. Sums are
+    taken in float64; integer buffers are copied from the first holder.
 
     Raises:
         ModelError: numbers that are not finite, or a tensor of two shapes.
@@ -73,18 +68,20 @@ def average_present(states: Iterable[tuple[str, Mapping[str, torch.Tensor], floa
         check_finite(state, source)
         for name, tensor in state.items():
             if name not in sums:
-                sums[name], totals[name], dtypes[name] = (
-                    torch.zeros_like(tensor, dtype=torch.float64),
-                    0.0,
-                    tensor.dtype,
-                )
-            elif sums[name].shape != tensor.shape:
+                sums[name] = tensor.double() * weight if tensor.is_floating_point() else tensor.clone()
+                totals[name], dtypes[name] = weight, tensor.dtype
+                continue
+            if sums[name].shape != tensor.shape:
                 shapes = f"{list(tensor.shape)}, elsewhere {list(sums[name].shape)}"
                 raise ModelError(f"{source}: tensor {name} is {shapes}; average only tensors of one shape")
-            sums[name].add_(tensor, alpha=weight)
+            if tensor.is_floating_point():
+                sums[name].add_(tensor, alpha=weight)
             totals[name] += weight
         del state  # before the next one is read
-    return {name: total.div_(totals[name]).to(dtypes[name]) for name, total in sums.items()}
+    for name in list(sums):  # one after the other: the result takes the place of the sums
+        mean = sums.pop(name)
+        sums[name] = (mean.div_(totals[name]) if mean.is_floating_point() else mean).to(dtypes[name])
+    return sums
 
 
 def _difference(found: Mapping[str, object], first: Mapping[str, object], source: str, reference: str) -> str:

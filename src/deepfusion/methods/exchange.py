@@ -132,11 +132,15 @@ def answer_with_model(device: Device, request: Payload, embed: Embedding) -> Pay
     if sent := with_prefix(request, MODEL):
         load_distinct(model, sent)
     told = train_here(device, model)
-    run_seed = int(request.metadata["run_seed"])
-    vector_D = embed.embed(device.corpus, with_prefix(request, PUBLISHED), run_seed, noise_seed=device.seed)
     arrays = {MODEL + name: tensor.detach().cpu() for name, tensor in distinct_state(model).items()}
-    arrays[EMBEDDING] = torch.from_numpy(vector_D).half()
+    arrays[EMBEDDING] = describe_text(device, request, embed)
     return Payload("model", arrays, {**told, "architecture": device.model.name})
+
+
+def describe_text(device: Device, request: Payload, embed: Embedding) -> torch.Tensor:
+    """On the device: the embedding of its text, as it crosses the wire."""
+    published, run_seed = with_prefix(request, PUBLISHED), int(request.metadata["run_seed"])
+    return torch.from_numpy(embed.embed(device.corpus, published, run_seed, noise_seed=device.seed)).half()
 
 
 def train_here(

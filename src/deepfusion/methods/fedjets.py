@@ -26,7 +26,7 @@ from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import FleetOptions
 from deepfusion.errors import ModelError, UploadError
 from deepfusion.federation.payload import check_embedding, read_file
-from deepfusion.methods import exchange, rounds
+from deepfusion.methods import assembly, exchange, rounds
 from deepfusion.methods.base import Site, TargetOptions, methods, plugin
 from deepfusion.methods.budget import Budget
 from deepfusion.moe import families
@@ -124,7 +124,9 @@ class FedJets(rounds.Rounds):
         files = exchange.spool_answers(site, call, requests, check, key, "uploads/embeddings")
         if not self.anchors:
             return {}
-        found = {device: read_file(path, source=device).arrays["embedding"].float() for device, path in files.items()}
+        found = {
+            device: read_file(path, source=device).arrays[exchange.EMBEDDING].float() for device, path in files.items()
+        }
         embedding_ND = torch.stack(list(found.values())).numpy()
         experts = _num_experts(site)
         if len(found) < experts:
@@ -217,9 +219,8 @@ class FedJets(rounds.Rounds):
         device.scratch.mkdir(parents=True, exist_ok=True)
         told = {"config": str(request.metadata["config"])}
         save_file(exchange.with_prefix(request, MODEL), device.scratch / COMMON, metadata=told)
-        published, seed = exchange.with_prefix(request, exchange.PUBLISHED), int(request.metadata["run_seed"])
-        vector_D = self.embed.embed(device.corpus, published, seed, noise_seed=device.seed)
-        return Payload("embedding", {"embedding": torch.from_numpy(vector_D).half()}, {"device": device.id})
+        vector_D = exchange.describe_text(device, request, self.embed)
+        return Payload("embedding", {exchange.EMBEDDING: vector_D}, {"device": device.id})
 
     def _penalty(
         self, model: PreTrainedModel, gates: Sequence[torch.Tensor], hosted: Sequence[int], anchor: int
@@ -243,8 +244,8 @@ class FedJets(rounds.Rounds):
 
 
 def _num_experts(site: Site) -> int:
-    target = site.target.make(site.data.vocab_size, site.sequence_length, site.data.eos_id)
-    return families[site.target.model_type].num_experts(target)
+    family, target = assembly.family_and_config(site)
+    return family.num_experts(target)
 
 
 def _preferences(device: Device, request: Payload) -> Payload:

@@ -18,7 +18,7 @@ from deepfusion.losses import balance_loss, next_token_losses
 from deepfusion.moe import families
 from deepfusion.moe.base import router_inputs, router_logits
 from deepfusion.training import Checkpoint, Optimisation, accelerator, fit
-from deepfusion.types import Progress, silent
+from deepfusion.types import Batch, Progress, silent
 
 
 def steps_for(
@@ -59,6 +59,14 @@ def balance_penalty(model: PreTrainedModel, weight: float) -> Penalty:
     return penalty
 
 
+def _read(model: PreTrainedModel, batch: Batch, *, watch: bool) -> tuple[torch.Tensor, Routing | None]:
+    """The model's logits, and how it has routed the batch if that is watched."""
+    if not watch:
+        return forward(model, batch).logits_BTV, None
+    with router_logits(model) as logits, router_inputs(model) as inputs:
+        return forward(model, batch).logits_BTV, Routing(inputs, logits, batch.valid_BT)
+
+
 def train_causal_lm(
     model: PreTrainedModel,
     text: PackedText,
@@ -90,14 +98,14 @@ def train_causal_lm(
         loss_sum = 0.0
         for part in range(optimisation.accumulate):
             batch = text.batch((first_step + step) * optimisation.accumulate + part, micro).to(compute.device)
-            with compute.autocast(), router_logits(model) as logits, router_inputs(model) as inputs:
-                logits_BTV = forward(model, batch).logits_BTV
+            with compute.autocast():
+                logits_BTV, routing = _read(model, batch, watch=penalty is not None)
             loss, _ = next_token_losses(Scores(logits_BTV), [], batch, temperature=1.0)
-            if penalty is not None:
-                loss = loss + penalty(Routing(inputs, logits, batch.valid_BT))
+            if penalty is not None and routing is not None:
+                loss = loss + penalty(routing)
             compute.backward(loss / optimisation.accumulate)
             loss_sum += float(loss.detach())
-            del logits_BTV, loss  # or they would live on beside the next step's
+            del logits_BTV, routing, loss  # or they would live on beside the next step's
         return {"loss": loss_sum / optimisation.accumulate}
 
     history = fit(
