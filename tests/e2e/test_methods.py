@@ -23,6 +23,7 @@ SECTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     **{name: ({"warm_start": WARM}, ()) for name in DISTILLED},
     "centralised": ({"training": TRAINING}, ("cluster", "distillation")),
     "fedavg": ({"warm_start": WARM, "rounds": 2}, ("cluster", "distillation")),
+    "hfedmoe": ({"warm_start": WARM, "rounds": 2}, ("cluster", "distillation")),
     "fedjets": ({"warm_start": WARM, "rounds": 2}, ("cluster", "distillation")),
 }
 """What each method's configuration has beside the common one, and which of its sections it has not."""

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from deepfusion.devices.models import from_config
 from deepfusion.moe import families
-from deepfusion.moe.base import routers
+from deepfusion.moe.routing import routers
 from deepfusion.stages.evaluate import Score, by_domain, expert_load, mutual_information, score_documents, total
 from deepfusion.types import Corpus
 

@@ -9,16 +9,8 @@ from deepfusion.devices.features import forward
 from deepfusion.devices.models import from_config
 from deepfusion.errors import ModelError
 from deepfusion.moe import families
-from deepfusion.moe.base import (
-    ROUTER,
-    expert_parameters,
-    force_experts,
-    router_inputs,
-    router_logits,
-    router_parameters,
-    router_weights,
-    routers,
-)
+from deepfusion.moe.base import ROUTER, expert_parameters, router_parameters
+from deepfusion.moe.routing import force_experts, router_inputs, router_logits, router_weights, routers
 
 EVERY = sorted(families)
 

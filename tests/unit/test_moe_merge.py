@@ -13,7 +13,7 @@ from moe_world import H, I, equal, logits_of, make_batch, make_student, make_tar
 from deepfusion.devices.models import from_config, load
 from deepfusion.errors import ModelError
 from deepfusion.moe import families
-from deepfusion.moe.base import force_experts, routers
+from deepfusion.moe.routing import force_experts, routers
 from deepfusion.stages.merge import MergeOptions, calibrate_scale, check_merge, merge, open_students
 from deepfusion.stages.router import random_router
 

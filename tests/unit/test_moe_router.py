@@ -9,7 +9,7 @@ from moe_world import H, V, make_batch, make_target, merged_from, write_students
 
 from deepfusion.devices.features import forward
 from deepfusion.moe import families
-from deepfusion.moe.base import router_inputs, router_logits
+from deepfusion.moe.routing import router_inputs, router_logits
 from deepfusion.stages.router import LEAST_TOKENS, RANDOM_STD, RouterOptions, prototype_router, random_router
 from deepfusion.types import Batch
 

@@ -6,6 +6,7 @@ from deepfusion.methods.centralised import Centralised
 from deepfusion.methods.deepfusion import DeepFusion, FedMktOneShot, OfaKd
 from deepfusion.methods.fedavg import FedAvg
 from deepfusion.methods.fedjets import FedJets
+from deepfusion.methods.hfedmoe import HFedMoE
 
 __all__ = [
     "Centralised",
@@ -13,6 +14,7 @@ __all__ = [
     "FedAvg",
     "FedJets",
     "FedMktOneShot",
+    "HFedMoE",
     "Method",
     "OfaKd",
     "TargetOptions",

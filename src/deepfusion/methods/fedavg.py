@@ -6,17 +6,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from deepfusion.devices.device import Device
 from deepfusion.methods import exchange, rounds
 from deepfusion.methods.base import Site, methods
-from deepfusion.stages.local import balance_penalty
+from deepfusion.moe.routing import balance_penalty
 from deepfusion.stages.proxy import MODEL
 from deepfusion.state_dicts import average, distinct_state, load_distinct
-from deepfusion.types import Call, Payload, State
+from deepfusion.types import Call, Payload
 
 
 @methods.register("fedavg")
@@ -31,7 +31,8 @@ class FedAvg(rounds.Rounds):
         model = rounds.received_model(request)
         load_distinct(model, exchange.with_prefix(request, MODEL))
         penalty = balance_penalty(model, self.balance) if self.balance else None
-        return rounds.answer(device, request, model, lambda: distinct_state(model), penalty)
+        told = rounds.train_part(device, request, model, penalty)
+        return rounds.answer(request, distinct_state(model), told)
 
     def server(self, site: Site, call: Call) -> Path:
         """Rounds of sending, training and averaging; then the tuning on public text that every method ends with."""
@@ -48,8 +49,9 @@ class FedAvg(rounds.Rounds):
             sent = rounds.request(distinct_state(model), model.config, self.rounds)
             return {card.id: sent for card in self.participants(site, number)}
 
-        def fold(_model: PreTrainedModel, files: Mapping[str, Path]) -> State:
-            return average(rounds.answers(files))
+        def fold(model: PreTrainedModel, files: Mapping[str, Path]) -> dict[str, Any]:
+            load_distinct(model, average(rounds.answers(files)))
+            return {}
 
         return rounds.run_round(site, call, number, moe, ask, fold, self.rounds, self.participation, self.balance)
 

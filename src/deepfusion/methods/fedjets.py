@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -30,11 +30,11 @@ from deepfusion.methods import assembly, exchange, rounds
 from deepfusion.methods.base import Site, TargetOptions, methods, plugin
 from deepfusion.methods.budget import Budget
 from deepfusion.moe import families
-from deepfusion.moe.base import ROUTER, routers
+from deepfusion.moe.base import ROUTER
 from deepfusion.moe.hosting import part, pieces, put_back, with_experts
+from deepfusion.moe.routing import Penalty, Routing, balance_penalty, routers
 from deepfusion.stages.cluster import KMeans
 from deepfusion.stages.embed import Embedding, ServerProbe, embeddings
-from deepfusion.stages.local import Penalty, Routing, balance_penalty
 from deepfusion.stages.preference import gate_preference
 from deepfusion.stages.proxy import MODEL
 from deepfusion.state_dicts import average_present, distinct_state, load_distinct
@@ -157,9 +157,10 @@ class FedJets(rounds.Rounds):
                 requests[device] = replace(sent, metadata={**sent.metadata, **told})
             return requests
 
-        def fold(model: PreTrainedModel, files: Mapping[str, Path]) -> State:
+        def fold(model: PreTrainedModel, files: Mapping[str, Path]) -> dict[str, Any]:
             held = ((device, pieces(state, hosts[device]), tokens) for device, state, tokens in rounds.answers(files))
-            return put_back(distinct_state(model), average_present(held))
+            load_distinct(model, put_back(distinct_state(model), average_present(held)))
+            return {"hosted": hosts}
 
         own = (self.rounds, self.participation, self.balance, self.hosted_experts, self.mu, sorted(anchors.items()))
         return rounds.run_round(site, call, number, moe, ask, fold, *own)
@@ -203,15 +204,12 @@ class FedJets(rounds.Rounds):
         model = rounds.received_model(request)
         gates = {name: tensor for name, tensor in sent.items() if ROUTER.search(name)}
         load_distinct(model, {**sent, **{name: tensor[hosted] for name, tensor in gates.items()}})
-
-        def trained() -> State:
-            state = distinct_state(model)
-            for name, whole_EH in gates.items():  # rows of experts that are not here go back as they came
-                state[name] = whole_EH.clone().index_copy_(0, torch.tensor(hosted), state[name].cpu())
-            return state
-
         penalty = self._penalty(model, list(gates.values()), hosted, int(request.metadata["anchor"]))
-        return rounds.answer(device, request, model, trained, penalty)
+        told = rounds.train_part(device, request, model, penalty)
+        state = distinct_state(model)
+        for name, whole_EH in gates.items():  # rows of experts that are not here go back as they came
+            state[name] = whole_EH.clone().index_copy_(0, torch.tensor(hosted), state[name].cpu())
+        return rounds.answer(request, state, told)
 
     def _keep_common(self, device: Device, request: Payload) -> Payload:
         if device.scratch is None:

@@ -7,13 +7,15 @@ comes back. All of the server's public tokens go into the last tuning, which is 
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from deepfusion.artifacts import file_digest, key_of
@@ -27,38 +29,34 @@ from deepfusion.federation.payload import check_metadata, check_state, read_file
 from deepfusion.methods import assembly, exchange
 from deepfusion.methods.base import Site, TargetOptions, family_faults, precision_faults
 from deepfusion.methods.budget import Budget, Shapes, Work, rows
-from deepfusion.stages.local import Penalty
+from deepfusion.moe.routing import Penalty
 from deepfusion.stages.proxy import MODEL
 from deepfusion.stages.tune import TuneOptions
-from deepfusion.state_dicts import load_distinct
 from deepfusion.training import derive_seed
 from deepfusion.types import Call, Payload, State
 
 Ask = Callable[[PreTrainedModel], Mapping[str, Payload]]
 """`ask(model)`: this round's requests by device id, made of the model of the round before."""
-Fold = Callable[[PreTrainedModel, Mapping[str, Path]], State]
-"""`fold(model, answers)`: the next model's `distinct_state`, out of the last one and the files of the good answers."""
+Fold = Callable[[PreTrainedModel, Mapping[str, Path]], Mapping[str, Any]]
+"""`fold(model, answers)`: make the last model the next one, in place, out of the files of the good answers."""
+Admit = Callable[[str, Payload, Payload], None]
+"""`admit(device, answer, request)` raises UploadError where an answer is not what was asked for."""
+ROUND = "round.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rounds:
-    """Options of a method in rounds.
+class RoundOptions:
+    """How often, and whom.
 
     Attributes:
         rounds: how often the devices train; a device reads its text in equal parts, one a round.
         participation: share of the devices that are asked in a round.
         balance: weight of the balance loss over the experts, on the devices.
-        noise: on the copies of the base's FFN that the experts start as, see [merge].
-        warm_start: [warm_start] of the base, on public text.
-        tune: [tune] of the last model on public text; there are no teachers.
     """
 
     rounds: int = 4
     participation: float = 1.0
     balance: float = 0.01
-    noise: float = 0.01
-    warm_start: exchange.WarmStart = field(default_factory=exchange.WarmStart)
-    tune: TuneOptions = field(default_factory=TuneOptions)
 
     def faults(self) -> Iterator[str]:
         """What is wrong with the values, and the cure."""
@@ -68,6 +66,27 @@ class Rounds:
             yield f"participation = {self.participation}: not a share of the devices; choose a number above 0, up to 1"
         if not 0 <= self.balance < float("inf"):
             yield f"balance = {self.balance}: must be finite and not negative; use 0 to switch this loss off"
+
+    def participants(self, site: Site, number: int) -> list[DeviceCard]:
+        """Who is asked in round `number`, in the fleet's order."""
+        count = max(1, round(self.participation * len(site.cards)))
+        drawn = np.random.default_rng(derive_seed(site.seed, "round", number)).permutation(len(site.cards))[:count]
+        return [site.cards[index] for index in sorted(drawn)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounds(RoundOptions):
+    """A method in rounds from a base that is trained on public text, to a last tuning on public text.
+
+    Attributes:
+        noise: on the copies of the base's FFN that the experts start as, see [merge].
+        warm_start: [warm_start] of the base, on public text.
+        tune: [tune] of the last model on public text; there are no teachers.
+    """
+
+    noise: float = 0.01
+    warm_start: exchange.WarmStart = field(default_factory=exchange.WarmStart)
+    tune: TuneOptions = field(default_factory=TuneOptions)
 
     def faults_with(self, devices: FleetOptions, data: DataOptions, target: TargetOptions) -> Iterator[str]:
         """See `Method.faults_with`."""
@@ -104,21 +123,16 @@ class Rounds:
         start = self.begin(site)
         return assembly.tuned_on_text(site, "reference/moe", start, _public(site), _digest(start), options=self.tune)
 
-    def participants(self, site: Site, number: int) -> list[DeviceCard]:
-        """Who is asked in round `number`, in the fleet's order."""
-        count = max(1, round(self.participation * len(site.cards)))
-        drawn = np.random.default_rng(derive_seed(site.seed, "round", number)).permutation(len(site.cards))[:count]
-        return [site.cards[index] for index in sorted(drawn)]
 
-
-def run_round(site: Site, call: Call, number: int, moe: Path, ask: Ask, fold: Fold, *parts: object) -> Path:
+def run_round(
+    site: Site, call: Call, number: int, moe: Path, ask: Ask, fold: Fold, *parts: object, admit: Admit | None = None
+) -> Path:
     """One round as the stage `rounds/<number>`: ask, wait for the answers, fold them into the next model.
-
-    An answer must hold the very tensors that its device was sent, in the same shapes.
 
     Args:
         moe: the model of the round before.
         parts: keys of what the answers and their folding depend on.
+        admit: None takes an answer that holds the very tensors that its device was sent, in the same shapes.
     """
     inputs = (number, _digest(moe), site.fleet, site.data_key, site.sequence_length, *parts)
     key, place = key_of("round", site.seed, *inputs), f"uploads/round-{number}"
@@ -133,15 +147,26 @@ def run_round(site: Site, call: Call, number: int, moe: Path, ask: Ask, fold: Fo
 
         def check(device_id: str, payload: Payload) -> None:
             check_metadata(payload, device_id, kind, key)
-            check_state(payload.arrays, requests[device_id].arrays, device_id)
+            (admit or _same_tensors)(device_id, payload, requests[device_id])
 
         files = exchange.spool_answers(site, call, requests, check, key, place)
-        load_distinct(model, fold(model, files))
+        told = fold(model, files)
         models.save(model, folder, site.data.tokenizer)
+        said = {"asked": list(requests), "answered": list(files), **told}
+        (folder / ROUND).write_text(json.dumps(said))
 
     folder = site.keep(f"rounds/{number}", make, *inputs)
     shutil.rmtree(site.folder / place, ignore_errors=True)  # the answers are in the model now
     return folder
+
+
+def _same_tensors(device_id: str, payload: Payload, request: Payload) -> None:
+    check_state(payload.arrays, request.arrays, device_id)
+
+
+def read_round(folder: Path) -> dict[str, Any]:
+    """What is told of a round: who was asked, who answered, and what its method adds."""
+    return json.loads((folder / ROUND).read_text())
 
 
 def request(state: State, config: PreTrainedConfig, parts: int) -> Payload:
@@ -155,14 +180,25 @@ def received_model(request: Payload) -> PreTrainedModel:
     return models.from_config(models.config_from_json(str(request.metadata["config"])), seed=0)
 
 
-def answer(
-    device: Device, request: Payload, model: PreTrainedModel, state: Callable[[], State], penalty: Penalty | None
-) -> Payload:
-    """On the device: train the model on the round's part of the text, and answer with what `state` says of it then."""
-    told = exchange.train_here(device, model, penalty=penalty, part=request.round, parts=int(request.metadata["parts"]))
-    arrays = {MODEL + name: tensor.detach().cpu().contiguous() for name, tensor in state().items()}
+Told = Mapping[str, str | int | float | bool]
+"""What an answer says of a training."""
+
+
+def train_part(device: Device, request: Payload, model: PreTrainedModel, penalty: Penalty | None) -> dict[str, Any]:
+    """On the device: train the model in place on the round's part of the text; what the answer says of it."""
+    parts = int(request.metadata["parts"])
+    return exchange.train_here(device, model, penalty=penalty, part=request.round, parts=parts)
+
+
+def answer(request: Payload, state: State, told: Told, tables: Mapping[str, torch.Tensor] | None = None) -> Payload:
+    """On the device: the trained tensors as an answer.
+
+    Args:
+        tables: what is sent beside the model's tensors.
+    """
+    arrays = {MODEL + name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     echoed = {name: request.metadata[name] for name in ("architecture", "init_id")}
-    return Payload("model", arrays, {**told, **echoed}, round=request.round)
+    return Payload("model", {**arrays, **(tables or {})}, {**told, **echoed}, round=request.round)
 
 
 def answers(files: Mapping[str, Path]) -> Iterator[tuple[str, State, int]]:

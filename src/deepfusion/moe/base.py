@@ -10,13 +10,11 @@ expert (eq. 12, 13); `join` is the inverse. Names are those in memory: `experts.
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from deepfusion.errors import ModelError
@@ -26,6 +24,8 @@ EXPERT = re.compile(r"\.mlp\.experts\.(gate_up_proj|down_proj)$")
 ROUTER = re.compile(r"\.mlp\.gate\.weight$")
 DENSE = re.compile(r"\.mlp\.(gate|up|down)_proj\.weight$")
 LAYER = re.compile(r"\.layers\.(\d+)\.")
+MATRICES = ("gate_up_proj", "down_proj")
+"""The stacked matrices of a layer's experts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,11 +235,6 @@ def _layer(name: str) -> int:
     return int(found[1]) if found else -1
 
 
-def routers(model: PreTrainedModel) -> list[nn.Module]:
-    """The router of each MoE layer, first to last."""
-    return [m for name, m in model.named_modules() if name.endswith(".mlp.gate")]
-
-
 def expert_parameters(model: PreTrainedModel) -> list[str]:
     """Names of the routed experts' parameters."""
     return [name for name, _ in model.named_parameters() if EXPERT.search(name)]
@@ -248,54 +243,3 @@ def expert_parameters(model: PreTrainedModel) -> list[str]:
 def router_parameters(model: PreTrainedModel) -> list[str]:
     """Names of the routers' weights."""
     return [name for name, _ in model.named_parameters() if ROUTER.search(name)]
-
-
-@contextmanager
-def router_logits(model: PreTrainedModel) -> Generator[list[torch.Tensor]]:
-    """Within it, a forward pass appends each MoE layer's router logits (B*T, E), in order, to the list; with gradient."""
-    seen: list[torch.Tensor] = []
-    with _router_hooks(model, lambda _module, _inputs, output: seen.append(output[0])):
-        yield seen
-
-
-@contextmanager
-def router_inputs(model: PreTrainedModel) -> Generator[list[torch.Tensor]]:
-    """Within it, a forward pass appends each MoE layer's router input (B*T, H), in order, to the list."""
-    seen: list[torch.Tensor] = []
-    with _router_hooks(model, lambda _m, inputs, _out: seen.append(inputs[0].reshape(-1, inputs[0].shape[-1]))):
-        yield seen
-
-
-@contextmanager
-def router_weights(model: PreTrainedModel) -> Generator[list[torch.Tensor]]:
-    """Within it, a forward pass appends the weights (B*T, k) of each MoE layer's chosen experts, in order, to the list."""
-    seen: list[torch.Tensor] = []
-    with _router_hooks(model, lambda _module, _inputs, output: seen.append(output[1])):
-        yield seen
-
-
-@contextmanager
-def force_experts(model: PreTrainedModel, family: Family, indices: Sequence[int]) -> Generator[None]:
-    """Within it, every token goes to the experts `indices` and no other, in equal shares that sum to a sure router's.
-
-    One index makes the model that expert's student; the slices of one student together make that student.
-    """
-    share = family.sure_weight(model.config) / len(indices)
-
-    def replace(_module: nn.Module, _inputs: Any, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        logits_TE, weights_Tk, chosen_Tk = output
-        forced_Tk = chosen_Tk.new_tensor(indices).expand(len(chosen_Tk), -1)
-        return logits_TE, weights_Tk.new_full(forced_Tk.shape, share), forced_Tk
-
-    with _router_hooks(model, replace):
-        yield
-
-
-@contextmanager
-def _router_hooks(model: PreTrainedModel, hook: Any) -> Generator[None]:
-    handles = [router.register_forward_hook(hook) for router in routers(model)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

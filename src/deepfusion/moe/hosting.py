@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from deepfusion.moe import families
-from deepfusion.moe.base import EXPERT, ROUTER
+from deepfusion.moe.base import EXPERT, LAYER, MATRICES, ROUTER
 from deepfusion.types import State
 
 
@@ -32,18 +32,75 @@ def pieces(state: State, hosted: Sequence[int]) -> State:
     found: State = {}
     for name, tensor in state.items():
         if EXPERT.search(name):
-            found |= {f"{name}#{e}": tensor[place] for place, e in enumerate(hosted)}
+            found |= {f"{name}:{e}": tensor[place] for place, e in enumerate(hosted)}
         elif ROUTER.search(name):
-            found |= {f"{name}#{e}": tensor[e] for e in hosted}
+            found |= {f"{name}:{e}": tensor[e] for e in hosted}
         else:
             found[name] = tensor
     return found
+
+
+def apart(state: Mapping[str, torch.Tensor]) -> State:
+    """The state with each expert's tensors by themselves, named as `put_back` asks; all else as it is."""
+    found: State = {}
+    for name, tensor in state.items():
+        found |= {f"{name}:{e}": piece for e, piece in enumerate(tensor)} if EXPERT.search(name) else {name: tensor}
+    return found
+
+
+def together(pieces: Mapping[str, torch.Tensor], hosted: Sequence[Sequence[int]], layers: Sequence[int]) -> State:
+    """The state of a model with the experts `hosted` of each MoE layer, in this order, and their rows of the router.
+
+    Args:
+        pieces: as `apart` gives them; experts that are not hosted need not be there.
+        layers: numbers of the MoE layers.
+    """
+    found = {name: tensor for name, tensor in pieces.items() if ":" not in name}
+    for number, experts in zip(layers, hosted, strict=True):
+        prefix = f"model.layers.{number}.mlp."
+        for matrix in MATRICES:
+            name = f"{prefix}experts.{matrix}"
+            found[name] = torch.stack([pieces[f"{name}:{e}"] for e in experts])
+        found[f"{prefix}gate.weight"] = found[f"{prefix}gate.weight"][list(experts)]
+    return found
+
+
+def sent_back(
+    state: Mapping[str, torch.Tensor], pieces: Mapping[str, torch.Tensor], hosted: Sequence[Sequence[int]],
+    layers: Sequence[int], sent_LE: torch.Tensor,
+) -> State:  # fmt: skip
+    """The pieces of `together`'s model: what is shared, whole routers, and those of the hosted experts that are to be sent.
+
+    Args:
+        pieces: what the model was made of: the routers' rows of experts that are not hosted go back as they came.
+        sent_LE: bool, one row a MoE layer, over all experts.
+    """
+    found: State = {}
+    rows = {layer: (list(experts), sent_E) for layer, experts, sent_E in zip(layers, hosted, sent_LE, strict=True)}
+    for name, tensor in apart(state).items():
+        if (at := expert_of(name)) is not None:
+            experts, sent_E = rows[at[0]]
+            if bool(sent_E[experts[at[1]]]):
+                found[f"{name.partition(':')[0]}:{experts[at[1]]}"] = tensor
+        elif ROUTER.search(name) and (layer := LAYER.search(name)):
+            experts, _ = rows[int(layer[1])]
+            found[name] = pieces[name].clone().index_copy_(0, torch.tensor(experts), tensor.cpu())
+        else:
+            found[name] = tensor
+    return found
+
+
+def expert_of(name: str) -> tuple[int, int] | None:
+    """Number of the layer and index of the expert that a piece belongs to; None for what is no expert's."""
+    whole, mark, index = name.partition(":")
+    layer = LAYER.search(whole)
+    return (int(layer[1]), int(index)) if mark and layer and EXPERT.search(whole) else None
 
 
 def put_back(state: State, pieces: Mapping[str, torch.Tensor]) -> State:
     """`state` with the pieces in their places; what has no piece stays as it was."""
     result = {name: tensor.clone() for name, tensor in state.items()}
     for name, piece in pieces.items():
-        whole, _, row = name.partition("#")
+        whole, _, row = name.partition(":")
         result[whole][int(row) if row else ...] = piece
     return result

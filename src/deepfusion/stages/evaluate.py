@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from deepfusion.data.packing import document_batches
 from deepfusion.devices.features import forward
-from deepfusion.moe.base import Family, router_logits
+from deepfusion.moe.base import Family
+from deepfusion.moe.routing import router_logits
 from deepfusion.training import accelerator
 from deepfusion.types import Corpus, Progress, silent
 

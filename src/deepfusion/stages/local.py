@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -14,9 +13,8 @@ from transformers import PreTrainedModel
 from deepfusion.data.packing import PackedText
 from deepfusion.devices.features import forward
 from deepfusion.fused import Scores
-from deepfusion.losses import balance_loss, next_token_losses
-from deepfusion.moe import families
-from deepfusion.moe.base import router_inputs, router_logits
+from deepfusion.losses import next_token_losses
+from deepfusion.moe.routing import Penalty, watch_routing
 from deepfusion.training import Checkpoint, Optimisation, accelerator, fit
 from deepfusion.types import Batch, Progress, silent
 
@@ -28,43 +26,6 @@ def steps_for(
     sequences = epochs * num_tokens / sequence_length
     steps = max(1, math.ceil(sequences / (optimisation.batch_size * optimisation.accumulate)))
     return steps if max_steps is None else min(steps, max_steps)
-
-
-class Routing(NamedTuple):
-    """How a MoE has routed a batch.
-
-    Attributes:
-        inputs: each MoE layer's router input, (B*T, H), with gradient.
-        logits: each MoE layer's router logits, (B*T, E), with gradient.
-        valid_BT: False on padding.
-    """
-
-    inputs: Sequence[torch.Tensor]
-    logits: Sequence[torch.Tensor]
-    valid_BT: torch.Tensor
-
-
-Penalty = Callable[[Routing], torch.Tensor]
-"""A scalar with gradient."""
-
-
-def balance_penalty(model: PreTrainedModel, weight: float) -> Penalty:
-    """The balance loss over the experts, weighted."""
-    family, top_k = families[model.config.model_type], int(model.config.num_experts_per_tok)
-
-    def penalty(routing: Routing) -> torch.Tensor:
-        shares = [family.probabilities(logits_RE.float()) for logits_RE in routing.logits]
-        return weight * balance_loss(shares, top_k, routing.valid_BT)
-
-    return penalty
-
-
-def _read(model: PreTrainedModel, batch: Batch, *, watch: bool) -> tuple[torch.Tensor, Routing | None]:
-    """The model's logits, and how it has routed the batch if that is watched."""
-    if not watch:
-        return forward(model, batch).logits_BTV, None
-    with router_logits(model) as logits, router_inputs(model) as inputs:
-        return forward(model, batch).logits_BTV, Routing(inputs, logits, batch.valid_BT)
 
 
 def train_causal_lm(
@@ -94,18 +55,20 @@ def train_causal_lm(
         model.activation_checkpointing_enable()  # stays on: it changes no result, and nothing of it is saved
     micro = optimisation.batch_size
 
+    def loss_of(batch: Batch) -> torch.Tensor:
+        with watch_routing(model, batch.valid_BT) if penalty else nullcontext() as routing, compute.autocast():
+            logits_BTV = forward(model, batch).logits_BTV
+        loss, _ = next_token_losses(Scores(logits_BTV), [], batch, temperature=1.0)
+        return loss + penalty(routing) if penalty and routing else loss
+
     def backward(step: int) -> dict[str, float]:
         loss_sum = 0.0
         for part in range(optimisation.accumulate):
             batch = text.batch((first_step + step) * optimisation.accumulate + part, micro).to(compute.device)
-            with compute.autocast():
-                logits_BTV, routing = _read(model, batch, watch=penalty is not None)
-            loss, _ = next_token_losses(Scores(logits_BTV), [], batch, temperature=1.0)
-            if penalty is not None and routing is not None:
-                loss = loss + penalty(routing)
+            loss = loss_of(batch)
             compute.backward(loss / optimisation.accumulate)
             loss_sum += float(loss.detach())
-            del logits_BTV, routing, loss  # or they would live on beside the next step's
+            del loss  # or its graph would live on beside the next step's
         return {"loss": loss_sum / optimisation.accumulate}
 
     history = fit(

@@ -18,7 +18,8 @@ from deepfusion.devices.features import forward
 from deepfusion.devices.models import from_config, load
 from deepfusion.errors import ModelError
 from deepfusion.moe import Family
-from deepfusion.moe.base import ROUTER, force_experts, router_weights, routers
+from deepfusion.moe.base import ROUTER
+from deepfusion.moe.routing import force_experts, router_weights, routers
 from deepfusion.state_dicts import average, check_finite
 from deepfusion.training import derive_seed
 from deepfusion.types import Batch, State

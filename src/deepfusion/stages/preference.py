@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from deepfusion.devices.features import forward
 from deepfusion.moe import families
-from deepfusion.moe.base import router_inputs
+from deepfusion.moe.routing import router_inputs
 from deepfusion.types import Text
 
 SAMPLE, AT_ONCE = 64, 8

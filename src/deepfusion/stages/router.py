@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from deepfusion.devices.features import forward
 from deepfusion.moe import Family
-from deepfusion.moe.base import router_inputs, routers
+from deepfusion.moe.routing import router_inputs, routers
 from deepfusion.training import derive_seed
 from deepfusion.types import Batch
 

@@ -23,7 +23,8 @@ from deepfusion.devices.models import load, save
 from deepfusion.devices.read_ahead import ReadAhead
 from deepfusion.losses import TeacherScores, Trust, balance_loss, listen, next_token_losses
 from deepfusion.moe import Family
-from deepfusion.moe.base import expert_parameters, router_logits
+from deepfusion.moe.base import expert_parameters
+from deepfusion.moe.routing import router_logits
 from deepfusion.training import Checkpoint, Optimisation, accelerator, derive_seed, fit, to_device
 from deepfusion.types import Batch, Progress, Proxy, Text, concatenate, silent, split_rows
 

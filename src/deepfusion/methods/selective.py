@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rounds in which devices train the experts that matter to them (HFedMoE, arXiv 2601.00583).
+
+A method of its own (`hfedmoe`), and what DeepFusion may go on with after its merge (`[continue] type = "hfedmoe"`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from deepfusion.devices import models
+from deepfusion.devices.device import Device
+from deepfusion.devices.fleet import DeviceCard, FleetOptions
+from deepfusion.errors import ModelError, UploadError
+from deepfusion.federation.payload import check_state, read_metadata
+from deepfusion.methods import exchange, rounds
+from deepfusion.methods.assembly import family_and_config
+from deepfusion.methods.base import Site, TargetOptions
+from deepfusion.methods.holding import Means, choose_hosted, fitting, held_of
+from deepfusion.moe import families
+from deepfusion.moe.base import ROUTER
+from deepfusion.moe.hosting import apart, expert_of, put_back, sent_back, together, with_experts
+from deepfusion.moe.routing import balance_penalty
+from deepfusion.registry import Registry
+from deepfusion.stages.proxy import MODEL
+from deepfusion.stages.selective import ExpertSelection, SelectOptions, gate_shares, separate_experts
+from deepfusion.state_dicts import average_present, distinct_state, load_distinct
+from deepfusion.training import derive_seed
+from deepfusion.types import Call, Payload, State
+
+KEPT = "experts.safetensors"
+"""The experts as the server last sent them, in a device's scratch folder."""
+TABLES = {"usage": torch.float32, "score": torch.float32, "count": torch.int32}
+"""What a device tells of its experts, each (L, E): mean probability, mean importance, batches on which it was trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectiveRounds(rounds.RoundOptions):
+    """Each device trains, batch by batch, the experts that are worth most to it; the server averages what was really used.
+
+    Attributes:
+        selection: [selection] how a device chooses.
+        host: whether a device holds all experts, or only as many as its budget allows, the most used ones.
+        budget: where budgets come from: dealt out of `shares`, or (held subsets only) what fits the device's memory.
+        shares: budgets as shares of all experts of all layers, dealt out evenly by the seed.
+        threshold: tau, mean probability from which an expert counts as used; half of the even one when left out.
+        average: "selective" averages an expert over the devices that used and trained it, and the gate by how well they did;
+            "fedavg" averages everything by the devices' tokens.
+        gate_weights: "normalised" sum to 1; "literal" are those of eq. (20), which shrink the gate: for demonstration only.
+    """
+
+    selection: SelectOptions = field(default_factory=SelectOptions)
+    host: Literal["full", "subset"] = "full"
+    budget: Literal["shares", "memory"] = "shares"
+    shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    threshold: float | None = None
+    average: Literal["selective", "fedavg"] = "selective"
+    gate_weights: Literal["normalised", "literal"] = "normalised"
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with the values, and the cure."""
+        yield from super().faults()
+        if not self.shares or not all(0 < share <= 1 for share in self.shares):
+            yield f"shares = {list(self.shares)}: every budget is a share of the experts; give numbers above 0, up to 1"
+        if self.threshold is not None and not 0 <= self.threshold < 1:
+            yield f"threshold = {self.threshold}: not a probability; give a number from 0, below 1"
+        if self.budget == "memory" and self.host == "full":
+            yield 'budget = "memory": a device that holds all experts has no choice; set host = "subset"'
+
+    def selection_faults(self, devices: FleetOptions, target: TargetOptions) -> Iterator[str]:
+        """Combinations with other sections that cannot work."""
+        family = families[target.model_type]
+        if self.host == "subset" and (family.scores != "softmax" or family.group_size):
+            yield f'host = "subset": the router of {target.model_type} has more to it than rows; choose host = "full"'
+        if devices.training.accumulate > 1:
+            said = f"[devices.training] accumulate = {devices.training.accumulate}"
+            yield f"{said}: experts are chosen for each batch; set it to 1 and raise batch_size"
+
+    def trained_config(self, target: PreTrainedConfig) -> PreTrainedConfig:
+        """The largest part of the MoE that a device is sure to hold: with a budget out of its memory, the smallest."""
+        experts, top = families[str(target.model_type)].num_experts(target), int(target.num_experts_per_tok)
+        if self.host == "full":
+            return target
+        return with_experts(target, top if self.budget == "memory" else held_of(max(self.shares), experts, top))
+
+    # ------------------------------------------------------------------------------------------ on the server
+
+    def run(self, site: Site, call: Call, moe: Path) -> Path:
+        """All rounds, from the model of the folder `moe`; returns the folder of the last round's."""
+        sent: list[Path] = []
+        for number in range(self.rounds):
+            sent.append(moe)
+            moe = self._round(site, call, number, sent)
+        site.reached("rounds")
+        return moe
+
+    def _round(self, site: Site, call: Call, number: int, sent: Sequence[Path]) -> Path:
+        means, shapes = self.means(site), dict[str, torch.Tensor]()
+
+        def ask(model: PreTrainedModel) -> dict[str, Payload]:
+            pieces = apart(distinct_state(model))
+            shapes.update({name: tensor.to("meta") for name, tensor in pieces.items()})
+            before = {path: apart(distinct_state(models.load(path))) for path in sent[-2:-1]}
+            return {
+                card.id: self._request(site, number, card, means[card.id], model.config, pieces, sent, before)
+                for card in self.participants(site, number)
+            }
+
+        def fold(model: PreTrainedModel, files: Mapping[str, Path]) -> dict[str, Any]:
+            return self._fold(model, files, means)
+
+        admit = partial(self._admit, shapes)
+        return rounds.run_round(site, call, number, sent[-1], ask, fold, self, admit=admit)
+
+    def means(self, site: Site) -> dict[str, Means]:
+        """What each device may hold and train."""
+        family, target = family_and_config(site)
+        experts, layers, top = (
+            family.num_experts(target),
+            len(family.moe_layers(target)),
+            int(target.num_experts_per_tok),
+        )
+        if self.budget == "memory":
+            held = {card.id: fitting(site, card, target, experts, top) for card in site.cards}
+            return {device: Means(count, layers * count) for device, count in held.items()}
+        order = np.random.default_rng(derive_seed(site.seed, "budgets")).permutation(len(site.cards))
+        found: dict[str, Means] = {}
+        for card, place in zip(site.cards, order, strict=True):
+            share = self.shares[int(place) % len(self.shares)]
+            held = experts if self.host == "full" else held_of(share, experts, top)
+            found[card.id] = Means(held, min(max(1, int(share * layers * experts)), layers * held))
+        return found
+
+    def _request(
+        self, site: Site, number: int, card: DeviceCard, means: Means, config: PreTrainedConfig, pieces: State,
+        sent: Sequence[Path], before: dict[Path, State],
+    ) -> Payload:  # fmt: skip
+        """What the device has not got yet, and which experts it is to hold."""
+        told = {n: rounds.read_round(site.folder / "rounds" / str(n)) for n in range(number)}
+        last = max((n for n, said in told.items() if card.id in said["answered"]), default=-1)
+        usage = told[last]["devices"][card.id]["usage"] if last >= 0 else None
+        layers = families[str(config.model_type)].moe_layers(config)
+        hosted = choose_hosted(
+            site, card, means.held, usage, len(layers), families[str(config.model_type)].num_experts(config)
+        )
+        place = {layer: set(experts) for layer, experts in zip(layers, hosted, strict=True)}
+        wanted = {n: t for n, t in pieces.items() if (at := expert_of(n)) is None or at[1] in place[at[0]]}
+        if self.host == "full" and last >= 0:
+            old = before.setdefault(
+                sent[last], before.get(sent[last]) or apart(distinct_state(models.load(sent[last])))
+            )
+            wanted = {n: t for n, t in wanted.items() if expert_of(n) is None or not torch.equal(t, old[n])}
+        asked = rounds.request(wanted, with_experts(config, means.held), self.rounds)
+        about = {"hosted": json.dumps(hosted), "budget": means.budget, "since": last if self.host == "full" else -1}
+        return replace(asked, metadata={**asked.metadata, **about})
+
+    def _admit(self, shapes: Mapping[str, torch.Tensor], device_id: str, payload: Payload, request: Payload) -> None:
+        """Refuse an answer without the tables, or with other tensors than all that is shared and some whole experts."""
+        hosted = json.loads(str(request.metadata["hosted"]))
+        arrays, experts = dict(payload.arrays), 1 + max(at[1] for name in shapes if (at := expert_of(name)))
+        tables = {name: arrays.pop(name, torch.empty(0)) for name in TABLES}
+        for name, dtype in TABLES.items():
+            table_LE = tables[name]
+            if table_LE.shape != (len(hosted), experts) or table_LE.dtype != dtype or bool((table_LE < 0).any()):
+                what = f"a table [{len(hosted)}, {experts}] of {dtype}, not negative"
+                raise UploadError(f"device {device_id}: its {name} of the experts is not {what}; count as HFedMoE says")
+        layers = sorted({at[0] for name in shapes if (at := expert_of(name))})
+        held = {(layer, expert) for layer, row in zip(layers, hosted, strict=True) for expert in row}
+        came = {at for name in arrays if (at := expert_of(name))}
+        due = {MODEL + n: t for n, t in shapes.items() if (at := expert_of(n)) is None or (at in held and at in came)}
+        check_state(arrays, due, device_id)
+        idle = [at for at in sorted(came) if not tables["count"][layers.index(at[0]), at[1]]]
+        if idle and self.average == "selective":
+            layer, expert = idle[0]
+            said = f"device {device_id}: it sent expert {expert} of layer {layer}, which it says that it never trained"
+            raise UploadError(f"{said}; send the experts that were trained")
+
+    def _fold(self, model: PreTrainedModel, files: Mapping[str, Path], means: Mapping[str, Means]) -> dict[str, Any]:
+        """The next model: experts over those who used and trained them, the gate by its users' worth, the rest by tokens."""
+        tables = {device: _tables(path) for device, path in files.items()}
+        usage_CLE, score_CLE = (torch.stack([t[name] for t in tables.values()]) for name in ("usage", "score"))
+        shares = gate_shares(usage_CLE, score_CLE, self._threshold(usage_CLE.shape[-1]))
+        worth, scale = dict(zip(files, shares.weight_C.tolist(), strict=True)), float(shares.weight_C.sum())
+        by_tokens = self.average == "fedavg" or not scale
+
+        def part(of_gate: bool) -> Iterator[tuple[str, State, float]]:
+            for device, state, tokens in rounds.answers(files):
+                found = {name: tensor for name, tensor in state.items() if bool(ROUTER.search(name)) is of_gate}
+                yield device, found, float(tokens) if by_tokens or not of_gate else worth[device]
+
+        new = average_present(part(False))
+        gates = average_present(part(True))
+        if self.gate_weights == "literal" and not by_tokens:
+            gates = {name: tensor * scale for name, tensor in gates.items()}
+        load_distinct(model, put_back(distinct_state(model), {**new, **gates}))
+        return {
+            "gate_scale": scale,
+            "devices": {
+                device: {
+                    "budget": means[device].budget,
+                    "coverage": float(coverage),
+                    "routed": int(table["routed"]),
+                    "trained": int((table["count"] > 0).sum()),
+                    "uploaded": int(table["uploaded"]),
+                    "usage": [[round(float(u), 6) for u in row_E] for row_E in table["usage"]],
+                }
+                for (device, table), coverage in zip(tables.items(), shares.coverage_C, strict=True)
+            },
+        }
+
+    def _threshold(self, experts: int) -> float:
+        return 0.5 / experts if self.threshold is None else self.threshold
+
+    # ------------------------------------------------------------------------------------------ on a device
+
+    def client(self, device: Device, request: Payload) -> Payload:
+        """Train the experts that are worth most to each batch, and send back those that were used."""
+        hosted: list[list[int]] = json.loads(str(request.metadata["hosted"]))
+        pieces = _with_kept(device, request) if self.host == "full" else exchange.with_prefix(request, MODEL)
+        model = rounds.received_model(request)
+        layers = families[model.config.model_type].moe_layers(model.config)
+        load_distinct(model, together(pieces, hosted, layers))
+        balance = balance_penalty(model, self.balance) if self.balance else None
+        with separate_experts(model) as parameters:
+            chooser = ExpertSelection(model, parameters, self.selection, int(request.metadata["budget"]), balance)
+            told = rounds.train_part(replace(device, scratch=None), request, model, chooser)
+        wide = len(pieces[f"model.layers.{layers[0]}.mlp.gate.weight"])  # E, of which the device holds some
+        index_LE = torch.tensor(hosted)
+        found = {"usage": chooser.usage_LE, "score": chooser.score_LE, "count": chooser.count_LE}
+        tables = {n: torch.zeros(len(layers), wide, dtype=TABLES[n]).scatter_(1, index_LE, t) for n, t in found.items()}
+        sent_LE = torch.ones_like(tables["count"], dtype=torch.bool)
+        if self.average == "selective":
+            sent_LE = (tables["usage"] >= self._threshold(wide)) & (tables["count"] > 0)
+        state = sent_back(distinct_state(model), pieces, hosted, layers, sent_LE)
+        told |= {"routed": int(chooser.routed_LE.sum())}
+        return rounds.answer(request, state, told, tables)
+
+
+continuations: Registry[SelectiveRounds] = Registry("continuation")
+"""What a method may go on with in the federation, once its MoE is merged."""
+continuations.register("hfedmoe")(SelectiveRounds)
+
+
+def _tables(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as file:
+        found: dict[str, Any] = {name: file.get_tensor(name) for name in TABLES}
+        names = list(file.keys())
+    return {**found, "routed": read_metadata(path)["routed"], "uploaded": sum(1 for n in names if expert_of(n)) // 2}
+
+
+def _with_kept(device: Device, request: Payload) -> State:
+    """The tensors of the request and, of experts that have not changed, the device's own copy; kept for the next round.
+
+    Raises:
+        ModelError: the device has not the copy that the server counts on.
+    """
+    sent, since = exchange.with_prefix(request, MODEL), int(request.metadata["since"])
+    path = device.scratch / KEPT if device.scratch else None
+    if since >= 0:
+        found = -1
+        if path is not None and path.exists():
+            with safe_open(path, framework="pt") as file:
+                found = int(file.metadata()["round"])
+        if path is None or found not in (since, request.round):
+            raise ModelError(
+                f"{device.id} has not kept the experts of round {since}; begin a new run folder, so that they are sent again"
+            )
+        sent = {**load_file(path), **sent}
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = {name: tensor.contiguous() for name, tensor in sent.items() if expert_of(name)}
+        partial_path = path.with_suffix(".partial")
+        save_file(kept, partial_path, metadata={"round": str(request.round)})
+        partial_path.replace(path)
+    return sent

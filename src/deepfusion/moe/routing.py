@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Watching and steering how a MoE routes its tokens, and what that adds to a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from deepfusion.losses import balance_loss
+from deepfusion.moe import families
+from deepfusion.moe.base import Family
+
+
+def routers(model: PreTrainedModel) -> list[nn.Module]:
+    """The router of each MoE layer, first to last."""
+    return [m for name, m in model.named_modules() if name.endswith(".mlp.gate")]
+
+
+@contextmanager
+def router_logits(model: PreTrainedModel) -> Generator[list[torch.Tensor]]:
+    """Within it, a forward pass appends each MoE layer's router logits (B*T, E), in order, to the list; with gradient."""
+    seen: list[torch.Tensor] = []
+    with _router_hooks(model, lambda _module, _inputs, output: seen.append(output[0])):
+        yield seen
+
+
+@contextmanager
+def router_inputs(model: PreTrainedModel) -> Generator[list[torch.Tensor]]:
+    """Within it, a forward pass appends each MoE layer's router input (B*T, H), in order, to the list."""
+    seen: list[torch.Tensor] = []
+    with _router_hooks(model, lambda _m, inputs, _out: seen.append(inputs[0].reshape(-1, inputs[0].shape[-1]))):
+        yield seen
+
+
+@contextmanager
+def router_weights(model: PreTrainedModel) -> Generator[list[torch.Tensor]]:
+    """Within it, a forward pass appends the weights (B*T, k) of each MoE layer's chosen experts, in order, to the list."""
+    seen: list[torch.Tensor] = []
+    with _router_hooks(model, lambda _module, _inputs, output: seen.append(output[1])):
+        yield seen
+
+
+@contextmanager
+def router_choices(model: PreTrainedModel) -> Generator[list[torch.Tensor]]:
+    """Within it, a forward pass appends the indices (B*T, k) of each MoE layer's chosen experts, in order, to the list."""
+    seen: list[torch.Tensor] = []
+    with _router_hooks(model, lambda _module, _inputs, output: seen.append(output[2])):
+        yield seen
+
+
+class Routing(NamedTuple):
+    """How a MoE has routed a batch.
+
+    Attributes:
+        inputs: each MoE layer's router input, (B*T, H), with gradient.
+        logits: each MoE layer's router logits, (B*T, E), with gradient.
+        chosen: each MoE layer's experts of every token, (B*T, k).
+        valid_BT: False on padding.
+    """
+
+    inputs: Sequence[torch.Tensor]
+    logits: Sequence[torch.Tensor]
+    chosen: Sequence[torch.Tensor]
+    valid_BT: torch.Tensor
+
+
+Penalty = Callable[[Routing], torch.Tensor]
+"""A scalar with gradient."""
+
+
+@contextmanager
+def watch_routing(model: PreTrainedModel, valid_BT: torch.Tensor) -> Generator[Routing]:
+    """Within it, one forward pass of a batch fills the lists of the routing."""
+    with router_logits(model) as logits, router_inputs(model) as inputs, router_choices(model) as chosen:
+        yield Routing(inputs, logits, chosen, valid_BT)
+
+
+def balance_penalty(model: PreTrainedModel, weight: float) -> Penalty:
+    """The balance loss over the experts, weighted."""
+    family, top_k = families[model.config.model_type], int(model.config.num_experts_per_tok)
+
+    def penalty(routing: Routing) -> torch.Tensor:
+        shares = [family.probabilities(logits_RE.float()) for logits_RE in routing.logits]
+        return weight * balance_loss(shares, top_k, routing.valid_BT)
+
+    return penalty
+
+
+@contextmanager
+def force_experts(model: PreTrainedModel, family: Family, indices: Sequence[int]) -> Generator[None]:
+    """Within it, every token goes to the experts `indices` and no other, in equal shares that sum to a sure router's.
+
+    One index makes the model that expert's student; the slices of one student together make that student.
+    """
+    share = family.sure_weight(model.config) / len(indices)
+
+    def replace(_module: nn.Module, _inputs: Any, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        logits_TE, weights_Tk, chosen_Tk = output
+        forced_Tk = chosen_Tk.new_tensor(indices).expand(len(chosen_Tk), -1)
+        return logits_TE, weights_Tk.new_full(forced_Tk.shape, share), forced_Tk
+
+    with _router_hooks(model, replace):
+        yield
+
+
+@contextmanager
+def _router_hooks(model: PreTrainedModel, hook: Any) -> Generator[None]:
+    handles = [router.register_forward_hook(hook) for router in routers(model)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HFedMoE: what crosses the door, what is averaged over whom, and answers that are not what they should be."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deepfusion.app import launch
+from deepfusion.artifacts import RunFolder
+from deepfusion.config import load_config, parse_config
+from deepfusion.data.prepare import load_prepared
+from deepfusion.devices import models
+from deepfusion.devices.device import Device
+from deepfusion.devices.fleet import cards
+from deepfusion.devices.memory import training_memory
+from deepfusion.errors import ConfigError, ModelError, UploadError
+from deepfusion.methods import HFedMoE
+from deepfusion.methods.rounds import read_round
+from deepfusion.methods.selective import TABLES
+from deepfusion.moe.base import ROUTER
+from deepfusion.moe.hosting import apart, expert_of, with_experts
+from deepfusion.record import Record
+from deepfusion.run import CONFIG, make_device, make_site
+from deepfusion.stages.proxy import MODEL
+from deepfusion.state_dicts import distinct_state
+from deepfusion.types import Payload, State
+from small_world import small_tree, write_text
+
+WARM = {"steps": 3, "training": {"batch_size": 4, "learning_rate": 3e-3}}
+EVALUATE = {"rounds": False, "public_only": False}
+
+
+def tree_of(root: Path, **changes: Any) -> dict[str, Any]:
+    tree = small_tree(root, method="hfedmoe", warm_start=WARM, evaluate=EVALUATE, rounds=2, **changes)
+    tree["devices"]["max_steps"] = 4
+    return {name: section for name, section in tree.items() if name not in ("cluster", "distillation")}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    write_text(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(root: Path) -> tuple[Path, Record]:
+    record = launch(parse_config(tree_of(root, threshold=0.2)), root / "full")
+    assert record is not None
+    return root / "full", record
+
+
+@pytest.fixture(scope="module")
+def subset(root: Path) -> Path:
+    launch(parse_config(tree_of(root, host="subset", shares=[0.5, 1.0])), root / "subset", until="rounds")
+    return root / "subset"
+
+
+def pieces_of(folder: Path) -> State:
+    return apart(distinct_state(models.load(folder)))
+
+
+def size(pieces: State) -> int:
+    return 4 * sum(tensor.numel() for tensor in pieces.values())
+
+
+def ledger(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+
+
+def test_the_ledger_is_the_closed_form(run: tuple[Path, Record]) -> None:
+    """Down: everything, later S + G and the experts that have changed; up: S + G, the experts sent, three tables."""
+    folder, record = run
+    before, between = pieces_of(folder / "start" / "merged"), pieces_of(folder / "rounds" / "0")
+    common = {name: tensor for name, tensor in between.items() if expert_of(name) is None}
+    expert = size({n: t for n, t in between.items() if expert_of(n) == (0, 0)})
+    changed = {n for n, t in between.items() if expert_of(n) is not None and not torch.equal(t, before[n])}
+    tables = sum(2 * 4 * dtype.itemsize for dtype in TABLES.values())
+    for row in ledger(folder):
+        number = row["round"]
+        uploaded = read_round(folder / "rounds" / str(number))["devices"][row["device"]]["uploaded"]
+        if row["direction"] == "up":
+            due = size(common) + uploaded * expert + tables
+        else:
+            due = size(between) if number == 0 else size(common) + size({n: between[n] for n in changed})
+        assert due < row["bytes"] < due + 12_000, row
+    assert len(ledger(folder)) == 2 * 2 * len(record.devices)
+
+
+def test_what_is_sent_was_trained_and_what_was_trained_was_routed(run: tuple[Path, Record]) -> None:
+    for number in (0, 1):
+        said = read_round(run[0] / "rounds" / str(number))
+        assert said["answered"] == said["asked"] == [device.id for device in run[1].devices]
+        assert said["gate_scale"] > 0
+        for told in said["devices"].values():
+            assert 0 < told["uploaded"] <= told["trained"] <= told["routed"] <= 8
+            assert 0 < told["coverage"] <= 1
+            assert [sum(row) for row in told["usage"]] == pytest.approx([1.0, 1.0], abs=1e-4)
+    budgets = [told["budget"] for told in read_round(run[0] / "rounds" / "0")["devices"].values()]
+    assert sorted(budgets) == [2, 2, 4, 4, 6, 8], "dealt out evenly"
+
+
+def test_a_round_that_a_crash_has_lost_comes_back_the_same(root: Path) -> None:
+    folder, config = root / "crash", parse_config(tree_of(root, threshold=0.2))
+    launch(config, folder, until="rounds")
+    before, rows = (folder / "rounds" / "1" / "model.safetensors").read_bytes(), len(ledger(folder))
+    for name in ("model.safetensors", ".stage.json"):
+        (folder / "rounds" / "1" / name).unlink()
+    launch(config, folder, resume=True, until="rounds")
+    assert (folder / "rounds" / "1" / "model.safetensors").read_bytes() == before
+    assert len(ledger(folder)) == rows + 2 * 6, "one round was lost"
+
+
+def test_a_device_of_half_the_experts_is_sent_half_and_later_the_ones_it_used(subset: Path) -> None:
+    whole = pieces_of(subset / "start" / "merged")
+    common = size({name: tensor for name, tensor in whole.items() if expert_of(name) is None})
+    expert = (size(whole) - common) // 8
+    down = {(row["device"], row["round"]): row["bytes"] for row in ledger(subset) if row["direction"] == "down"}
+    told = read_round(subset / "rounds" / "0")["devices"]
+    for (device, _), sent in down.items():
+        held = told[device]["budget"]
+        assert held in (4, 8)
+        assert common + held * expert < sent < common + held * expert + 12_000
+    for said in told.values():
+        used = [sum(1 for value in row if value > 0) for row in said["usage"]]
+        assert used == [said["budget"] // 2] * 2, "it routes among the experts that it holds"
+
+
+def test_an_expert_that_nobody_sends_back_stays_as_it_was(root: Path) -> None:
+    launch(parse_config(tree_of(root, threshold=0.9)), root / "nobody", until="rounds")
+    start, end = pieces_of(root / "nobody" / "start" / "merged"), pieces_of(root / "nobody" / "rounds" / "1")
+    for name, tensor in start.items():
+        assert torch.equal(tensor, end[name]) is (expert_of(name) is not None), name
+    assert read_round(root / "nobody" / "rounds" / "0")["gate_scale"] == 0, "the gate is averaged by tokens then"
+
+
+def test_without_threshold_and_with_every_expert_trained_the_experts_are_fedavgs(root: Path) -> None:
+    common = {"threshold": 0.0, "shares": [1.0], "selection": {"bottleneck": 0.0}}
+    for name in ("selective", "fedavg"):
+        launch(parse_config(tree_of(root, average=name, **common)), root / name, until="rounds")
+    told = read_round(root / "selective" / "rounds" / "0")["devices"].values()
+    assert all(said["trained"] == said["uploaded"] == 8 for said in told)
+    ours, theirs = (pieces_of(root / name / "rounds" / "0") for name in ("selective", "fedavg"))
+    for name, tensor in ours.items():
+        if not ROUTER.search(name):
+            assert torch.equal(tensor, theirs[name]), name
+    gates = [name for name in ours if ROUTER.search(name)]
+    assert any(not torch.equal(ours[name], theirs[name]) for name in gates)
+
+
+def test_the_literal_weights_shrink_the_gate(root: Path, run: tuple[Path, Record]) -> None:
+    launch(parse_config(tree_of(root, threshold=0.2, gate_weights="literal")), root / "literal", until="rounds")
+    name = "model.layers.0.mlp.gate.weight"
+    literal, kept = (pieces_of(folder / "rounds" / "0")[name] for folder in (root / "literal", run[0]))
+    scale = read_round(root / "literal" / "rounds" / "0")["gate_scale"]
+    assert scale < 0.9
+    assert torch.allclose(literal, kept * scale, atol=1e-7)
+
+
+def test_budgets_out_of_memory_are_what_fits(root: Path) -> None:
+    config = parse_config(tree_of(root, host="subset", budget="memory"))
+    target = config.target.make(400, 32, None)
+    needs = [training_memory(with_experts(target, n), config.devices.training, 32).total for n in (2, 3, 4)]
+    devices = replace(config.devices, memory_limit_gib=(needs[1] + 1) / 2**30)
+    config = replace(config, devices=devices)
+    site = make_site(config, RunFolder(root / "memory"), load_prepared(root / "full" / "data"))
+    assert isinstance(config.method, HFedMoE)
+    assert set(config.method.means(site).values()) == {(3, 6)}
+
+
+@pytest.fixture(scope="module")
+def exchange(run: tuple[Path, Record]) -> tuple[Device, Payload, Payload]:
+    """A device, what it was asked in the first round, and what it answers."""
+    config = load_config(run[0] / CONFIG)
+    site = make_site(config, RunFolder(run[0]), load_prepared(run[0] / "data"))
+    method, card, sent = config.method, cards(config.devices, config.seed)[0], run[0] / "start" / "merged"
+    assert isinstance(method, HFedMoE)
+    model = models.load(sent)
+    request = method._request(site, 0, card, method.means(site)[card.id], model.config, pieces_of(sent), [sent], {})  # pyright: ignore[reportPrivateUsage]
+    request = replace(request, metadata={**request.metadata, "architecture": "qwen2_moe", "init_id": "x"})
+    device = replace(make_device(config, RunFolder(run[0]), card), scratch=None)
+    return device, request, method.client(device, request)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"usage": None}, "its usage of the experts is not a table"),
+        ({"count": torch.zeros(2, 3, dtype=torch.int32)}, "its count of the experts is not a table"),
+        ({"score": torch.full((2, 4), -1.0)}, "its score of the experts is not a table"),
+        ({"count": torch.zeros(2, 4, dtype=torch.int32)}, "which it says that it never trained"),
+        ({MODEL + "model.norm.weight": None}, "1 tensors are missing"),
+        ({MODEL + "model.layers.0.mlp.experts.down_proj:9": torch.zeros(32, 48)}, "1 tensors were not asked for"),
+        ({MODEL + "model.norm.weight": torch.zeros(7)}, r"has shape \[7\]"),
+    ],
+)
+def test_an_answer_that_is_not_what_was_asked_for_is_refused(
+    change: dict[str, torch.Tensor | None],
+    said: str,
+    exchange: tuple[Device, Payload, Payload],
+    run: tuple[Path, Record],
+) -> None:
+    device, request, answer = exchange
+    shapes = pieces_of(run[0] / "start" / "merged")
+    method = HFedMoE(threshold=0.2)
+    method._admit(shapes, device.id, answer, request)  # pyright: ignore[reportPrivateUsage]
+    arrays = {name: tensor for name, tensor in {**answer.arrays, **change}.items() if tensor is not None}
+    with pytest.raises(UploadError, match=said):
+        method._admit(shapes, device.id, replace(answer, arrays=arrays), request)  # pyright: ignore[reportPrivateUsage]
+
+
+def test_an_expert_comes_whole_or_not_at_all(
+    exchange: tuple[Device, Payload, Payload], run: tuple[Path, Record]
+) -> None:
+    device, request, answer = exchange
+    half = next(name for name in answer.arrays if "down_proj:" in name)
+    arrays = {name: tensor for name, tensor in answer.arrays.items() if name != half}
+    with pytest.raises(UploadError, match="1 tensors are missing"):
+        HFedMoE(threshold=0.2)._admit(  # pyright: ignore[reportPrivateUsage]
+            pieces_of(run[0] / "start" / "merged"), device.id, replace(answer, arrays=arrays), request
+        )
+
+
+def test_a_device_that_has_lost_its_experts_says_so(exchange: tuple[Device, Payload, Payload], tmp_path: Path) -> None:
+    device, request, _ = exchange
+    later = replace(request, metadata={**request.metadata, "since": 0}, round=1)
+    with pytest.raises(ModelError, match="has not kept the experts of round 0"):
+        HFedMoE().client(replace(device, scratch=tmp_path), later)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"shares": [0.0, 1.0]}, r"shares = \[0.0, 1.0\]: every budget"),
+        ({"threshold": 1.0}, "threshold = 1.0: not a probability"),
+        ({"budget": "memory"}, 'budget = "memory": a device that holds all experts'),
+        ({"selection": {"mixture": 1.5}}, "mixture = 1.5: not between 0"),
+        ({"selection": {"bottleneck": -1.0}}, "bottleneck = -1.0: must be finite"),
+        ({"host": "subset", "target": {"preset": "deepseek-v3-pico"}}, "has more to it than rows"),
+    ],
+)
+def test_values_that_cannot_work_are_named(change: dict[str, Any], said: str, root: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        parse_config({**tree_of(root), **change})
+
+
+def test_experts_are_chosen_for_each_batch_so_batches_are_not_accumulated(root: Path) -> None:
+    tree = tree_of(root)
+    tree["devices"]["training"]["accumulate"] = 2
+    with pytest.raises(ConfigError, match="accumulate = 2: experts are chosen for each batch"):
+        parse_config(tree)

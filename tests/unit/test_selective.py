@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HFedMoE's choice of experts and weights of gates: the invariants of its equations, and brute force where that is possible."""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from deepfusion.devices.features import forward
+from deepfusion.devices.models import make_config
+from deepfusion.devices.presets import PRESETS
+from deepfusion.errors import ModelError
+from deepfusion.moe.base import MATRICES
+from deepfusion.moe.routing import Routing, watch_routing
+from deepfusion.stages.selective import (
+    ExpertSelection,
+    SelectOptions,
+    choose,
+    divergence,
+    gate_shares,
+    importance,
+    separate_experts,
+)
+from deepfusion.types import Batch
+
+
+def probabilities(seed: int, units: int = 50, experts: int = 6, sharp: float = 2.0) -> torch.Tensor:
+    torch.manual_seed(seed)
+    return (sharp * torch.randn(units, experts, dtype=torch.float64)).softmax(-1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_importance_lies_between_the_mean_and_the_maximum(seed: int) -> None:
+    p_XE = probabilities(seed)
+    mean, mixed, most = (importance(p_XE, mixture) for mixture in (1.0, 0.5, 0.0))
+    assert torch.equal(mean, p_XE.mean(0))
+    assert torch.equal(most, p_XE.amax(0))
+    assert bool(((mean <= mixed) & (mixed <= most) & (most <= 1)).all())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_divergence_is_bounded_and_zero_for_constant_experts(seed: int) -> None:
+    p_XE = probabilities(seed, sharp=8.0)
+    mean_E = p_XE.mean(0)
+    literal, both = divergence(p_XE), divergence(p_XE, bernoulli=True)
+    assert bool((literal >= 0).all())
+    assert bool((literal <= -mean_E * mean_E.log() + 1e-12).all())
+    assert bool((literal <= 1 / math.e).all())
+    entropy_E = -(mean_E * mean_E.log() + (1 - mean_E) * (1 - mean_E).log())
+    assert bool(((both >= 0) & (both <= entropy_E + 1e-12) & (both <= math.log(2))).all())
+    assert bool((divergence(mean_E.expand(7, -1)) < 1e-15).all())
+
+
+def test_a_probability_of_zero_counts_as_zero() -> None:
+    p_XE = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    found = divergence(p_XE)
+    assert found.tolist() == pytest.approx([0.5 * math.log(2), 0.5 * math.log(2), 0.0])
+    assert not bool(divergence(p_XE, bernoulli=True).isnan().any())
+
+
+def test_the_value_ignores_the_order_of_the_units_follows_that_of_the_experts_and_falls_with_beta() -> None:
+    p_XE = probabilities(1)
+    values = []
+    for beta in (0.0, 0.5, 2.0):
+        options = SelectOptions(bottleneck=beta)
+        value_E = options.value(p_XE, importance(p_XE, 0.5))
+        shuffled = p_XE[torch.randperm(len(p_XE))]
+        assert torch.allclose(options.value(shuffled, importance(shuffled, 0.5)), value_E, atol=1e-14)
+        other = p_XE.flip(1)
+        assert torch.allclose(options.value(other, importance(other, 0.5)), value_E.flip(0), atol=1e-14)
+        values.append(value_E)
+    assert bool((values[0] >= values[1]).all())
+    assert bool((values[1] >= values[2]).all())
+    assert torch.equal(SelectOptions(rank="importance").value(p_XE, values[0]), values[0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(-4, 4), min_size=6, max_size=6), st.integers(1, 63), st.integers(1, 6))
+def test_the_choice_is_the_best_subset_within_the_budget(numbers: list[int], used: int, budget: int) -> None:
+    value_LE = torch.tensor(numbers, dtype=torch.float64).view(2, 3)
+    used_LE = torch.tensor([used >> place & 1 for place in range(6)], dtype=torch.bool).view(2, 3)
+    chosen_LE = choose(value_LE, used_LE, budget)
+    assert 1 <= int(chosen_LE.sum()) <= budget
+    assert bool((chosen_LE <= used_LE).all())
+    candidates = [n for n, is_used in zip(numbers, used_LE.flatten().tolist(), strict=True) if is_used]
+    sizes = range(1, min(budget, len(candidates)) + 1)
+    best = max(sum(subset) for size in sizes for subset in combinations(candidates, size))
+    assert float(value_LE[chosen_LE].sum()) == best
+    assert bool((chosen_LE <= choose(value_LE, used_LE, budget + 1)).all()), "a larger budget takes the same and more"
+
+
+def test_layers_may_have_budgets_of_their_own() -> None:
+    value_LE, used_LE = torch.tensor([[9.0, 8.0, 7.0], [1.0, 2.0, 3.0]]), torch.ones(2, 3, dtype=torch.bool)
+    assert choose(value_LE, used_LE, 2).tolist() == [[True, True, False], [False] * 3]
+    assert choose(value_LE, used_LE, 2, "layer").tolist() == [[True, False, False], [False, False, True]]
+
+
+# ------------------------------------------------------------------------------------------------ in a model
+
+
+def model_and_batch() -> tuple[torch.nn.Module, Batch]:
+    torch.manual_seed(0)
+    config = make_config(PRESETS["qwen2-moe-pico"].config, vocab_size=64, positions=16)
+    model = AutoModelForCausalLM.from_config(config)
+    ids_BT = torch.randint(0, 64, (3, 12))
+    valid_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+    valid_BT[2, 8:] = False
+    return model, Batch(ids_BT, valid_BT, valid_BT)
+
+
+def one_step(model: torch.nn.Module, batch: Batch, penalty: ExpertSelection | None) -> dict[str, torch.Tensor | None]:
+    with watch_routing(model, batch.valid_BT) as routing:  # pyright: ignore[reportArgumentType]
+        loss = forward(model, batch).logits_BTV.log_softmax(-1)[..., 0].mean()  # pyright: ignore[reportArgumentType]
+        if penalty is not None:
+            loss = loss + penalty(routing)
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def gradient_of(found: dict[str, torch.Tensor | None], name: str) -> torch.Tensor | None:
+    """Of a stacked matrix, whether it is stacked or in pieces; None where no piece has one."""
+    if name in found:
+        return found[name]
+    pieces = [gradient for key, gradient in found.items() if key.startswith(f"{name}_of_each.")]
+    return None if all(g is None for g in pieces) else torch.stack([g for g in pieces if g is not None])
+
+
+def test_with_the_whole_budget_the_gradients_are_the_ordinary_ones_bit_for_bit() -> None:
+    model, batch = model_and_batch()
+    plain = one_step(model, batch, None)
+    model.zero_grad()
+    with separate_experts(model) as pieces:  # pyright: ignore[reportArgumentType]
+        everything = ExpertSelection(model, pieces, SelectOptions(bottleneck=0.0), 8, None)  # pyright: ignore[reportArgumentType]
+        found = one_step(model, batch, everything)
+    assert bool(everything.routed_LE.all()), "or the next line would compare nothing with zero"
+    for name, gradient in plain.items():
+        ours = gradient_of(found, name)
+        assert ours is not None
+        assert gradient is not None
+        assert torch.equal(ours, gradient), name
+
+
+def test_experts_that_are_not_chosen_stay_as_they_are_with_their_moments_and_the_others_learn_exactly() -> None:
+    model, batch = model_and_batch()
+    plain = one_step(model, batch, None)
+    model.zero_grad()
+    with separate_experts(model) as pieces:  # pyright: ignore[reportArgumentType]
+        optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        chooser = ExpertSelection(model, pieces, SelectOptions(), 3, None)  # pyright: ignore[reportArgumentType]
+        before = [[[p.detach().clone() for p in expert] for expert in layer] for layer in pieces]
+        found = one_step(model, batch, chooser)
+        optimiser.step()
+        assert int(chooser.count_LE.sum()) == 3
+        for layer, experts in enumerate(pieces):
+            for index, parameters in enumerate(experts):
+                learns = bool(chooser.count_LE[layer, index])
+                for parameter, old in zip(parameters, before[layer][index], strict=True):
+                    assert torch.equal(parameter, old) is not learns
+                    assert bool(optimiser.state[parameter]) is learns
+    for name, gradient in plain.items():
+        if not any(matrix in name for matrix in MATRICES):
+            ours = found[name]
+            assert ours is not None
+            assert gradient is not None
+            assert torch.equal(ours, gradient), f"{name}: gradients flow through experts that do not learn"
+
+
+def test_usage_sums_to_one_in_every_layer_and_padding_counts_for_nothing() -> None:
+    model, batch = model_and_batch()
+    with separate_experts(model) as pieces:  # pyright: ignore[reportArgumentType]
+        chooser = ExpertSelection(model, pieces, SelectOptions(), 2, None)  # pyright: ignore[reportArgumentType]
+        one_step(model, batch, chooser)
+        rows = ExpertSelection(model, pieces, SelectOptions(unit="row"), 2, None)  # pyright: ignore[reportArgumentType]
+        one_step(model, batch, rows)
+    assert chooser.usage_LE.sum(1).tolist() == pytest.approx([1.0, 1.0])
+    assert torch.allclose(chooser.usage_LE, rows.usage_LE)
+    assert bool((rows.score_LE < chooser.score_LE).all()), "means over a row are flatter than tokens"
+    padded = Batch(batch.input_ids_BT.masked_fill(~batch.valid_BT, 5), batch.counted_BT, batch.valid_BT)
+    model.zero_grad()
+    with separate_experts(model) as pieces:  # pyright: ignore[reportArgumentType]
+        again = ExpertSelection(model, pieces, SelectOptions(), 2, None)  # pyright: ignore[reportArgumentType]
+        one_step(model, padded, again)
+    assert torch.allclose(again.usage_LE, chooser.usage_LE)
+
+
+def test_what_is_learnt_is_in_the_stacked_tensors_afterwards() -> None:
+    model, batch = model_and_batch()
+    names, shapes = [n for n, _ in model.named_parameters()], [p.shape for p in model.parameters()]
+    start = forward(model, batch).logits_BTV  # pyright: ignore[reportArgumentType]
+    with separate_experts(model) as pieces:  # pyright: ignore[reportArgumentType]
+        assert torch.equal(forward(model, batch).logits_BTV, start)  # pyright: ignore[reportArgumentType]
+        with torch.no_grad():
+            pieces[1][2][0].fill_(7.0)
+    assert {n for n, _ in model.named_parameters()} == set(names)
+    assert sorted(map(str, shapes)) == sorted(str(p.shape) for p in model.parameters())
+    assert float(model.get_parameter("model.layers.1.mlp.experts.gate_up_proj").detach()[2].min()) == 7.0
+
+
+def test_a_router_of_nan_names_its_layer() -> None:
+    model, batch = model_and_batch()
+    with separate_experts(model) as pieces, torch.no_grad():  # pyright: ignore[reportArgumentType]
+        chooser = ExpertSelection(model, pieces, SelectOptions(), 2, None)  # pyright: ignore[reportArgumentType]
+        logits = [torch.zeros(36, 4), torch.full((36, 4), math.nan)]
+        chosen = [torch.zeros(36, 2, dtype=torch.long)] * 2
+        with pytest.raises(ModelError, match="MoE layer 1 gives NaN"):
+            chooser(Routing([], logits, chosen, batch.valid_BT))
+
+
+# ------------------------------------------------------------------------------------------------ whose gate counts
+
+
+def test_gates_of_equal_devices_weigh_alike_and_the_literal_weights_shrink() -> None:
+    usage_CLE = torch.full((4, 2, 8), 1 / 8)
+    found = gate_shares(usage_CLE, usage_CLE, 0.5 / 8)
+    assert found.weight_C.tolist() == pytest.approx([1 / 64] * 4), "u * s for even usage"
+    assert float(found.weight_C.sum()) < 0.1, "literal eq. (21) would shrink the gate to a sixteenth"
+    assert found.coverage_C.tolist() == [1.0] * 4
+
+
+def test_a_device_that_uses_important_experts_weighs_more_and_coverage_is_a_share() -> None:
+    usage_CLE = torch.tensor([[[0.9, 0.1, 0.0, 0.0]], [[0.3, 0.3, 0.2, 0.2]], [[0.0, 0.0, 0.0, 1.0]]])
+    score_CLE = torch.tensor([[[0.9, 0.1, 0.1, 0.1]], [[0.3, 0.3, 0.3, 0.3]], [[0.0, 0.0, 0.0, 0.0]]])
+    found = gate_shares(usage_CLE, score_CLE, 0.15)
+    assert found.weight_C[0] > found.weight_C[1] > found.weight_C[2] == 0
+    assert found.coverage_C.tolist() == [0.25, 1.0, 0.25]
+
+
+def test_where_no_expert_is_dominant_all_weights_are_zero() -> None:
+    usage_CLE = torch.full((2, 1, 4), 0.25)
+    found = gate_shares(usage_CLE, usage_CLE, 0.5)
+    assert found.weight_C.tolist() == [0.0, 0.0]
+    assert found.coverage_C.tolist() == [0.0, 0.0]
