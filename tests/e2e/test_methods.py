@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,29 @@ def test_methods_that_upload_models_once_cost_the_same_bytes(records: dict[str, 
     assert len({records[name][1].ledger.total_bytes for name in DISTILLED}) == 1
     first, *others = ((records[name][0] / "uploads" / "device-000.safetensors").read_bytes() for name in DISTILLED)
     assert all(other == first for other in others), "devices do the same, whatever the server does with it"
+
+
+def test_students_start_from_a_proxy_that_has_grown_and_the_reference_from_a_warm_start(
+    records: dict[str, tuple[Path, Record]],
+) -> None:
+    folder = records["deepfusion"][0]
+    for place, names in (("start", "llama"), ("reference/start", "llama")):
+        told = json.loads((folder / place / "grown.json").read_text())
+        assert names in told["from"], "of the fleet's architectures only this one grows into the target"
+        assert abs(told["after"] - told["before"]) < 0.02
+
+
+def test_where_nothing_can_grow_the_base_is_the_start_and_the_record_says_so(
+    records: dict[str, tuple[Path, Record]], tmp_path: Path
+) -> None:
+    tree = small_tree(records["deepfusion"][0].parent, warm_start=WARM)
+    tree["devices"] |= {"count": 3, "max_steps": 2, "models": [{"name": "gpt2", "preset": "gpt2-pico"}]}
+    tree["evaluate"] = {"devices": False, "proxies": False, "students": False, "public_only": False}
+    record = launch(parse_config(tree), tmp_path / "run")
+    assert record is not None
+    assert any("a gpt2 is not built like a qwen2_moe" in note for note in record.notes)
+    assert (tmp_path / "run" / "base" / "model.safetensors").exists()
+    assert not (tmp_path / "run" / "start").exists()
 
 
 def test_rules_of_distillation_make_a_difference(records: dict[str, tuple[Path, Record]]) -> None:

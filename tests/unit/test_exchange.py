@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deepfusion.methods.exchange import domain_weights
+from deepfusion.methods.reading import domain_weights
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0])

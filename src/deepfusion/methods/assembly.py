@@ -7,7 +7,7 @@ Each function is a stage: made once, kept under a key of all that it depends on.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from deepfusion.devices.features import forward
 from deepfusion.errors import ModelError
 from deepfusion.methods.base import Site
 from deepfusion.moe import Family, families
+from deepfusion.moe.growth import cannot_grow, grow
 from deepfusion.moe.upcycle import mean_expert, student_state
 from deepfusion.stages import merge, router, tune
 from deepfusion.stages.distill import DistillOptions, Logits, distill
@@ -29,6 +30,8 @@ from deepfusion.types import Batch, Proxy, Text
 
 GROWN_TOLERANCE = 1e-3
 """Largest difference in logits between a dense model and the student that grew out of it, in float32."""
+GROWN_LOSS = 0.1
+"""Nats a token that a small model may lose when it grows; beyond them it is no better a start than any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +62,6 @@ def base(site: Site, slices: int = 1) -> Path:
     """M_0: the one base model that all students start from (method, section 8)."""
     family, target = family_and_config(site)
     source = site.target.base
-    weights = sorted(Path(source).glob("*.safetensors")) if source else []
 
     def make(folder: Path) -> None:
         student = family.student_config(target, slices=slices)
@@ -68,8 +70,53 @@ def base(site: Site, slices: int = 1) -> Path:
             _grow(model, source, site, family)
         models.save(model, folder, site.data.tokenizer)
 
-    digests = [file_digest(path) for path in weights]
-    return site.keep("base", make, site.target, digests, slices, site.data_key, site.sequence_length)
+    weights = digests(Path(source)) if source else []
+    return site.keep("base", make, site.target, weights, slices, site.data_key, site.sequence_length)
+
+
+def digests(folder: Path) -> list[str]:
+    """Hashes of a model folder's weights."""
+    return [file_digest(path) for path in sorted(folder.glob("*.safetensors"))]
+
+
+def grown(
+    site: Site, name: str, sources: Mapping[str, Path], judge: Callable[[PreTrainedModel], float], slices: int = 1
+) -> Path:
+    """The best of some small models, grown into the base that all students start from, as the stage `name`.
+
+    Falls back to `base`, with a note, where none can grow, or where what has grown predicts worse by `GROWN_LOSS`.
+
+    Args:
+        sources: folders by name.
+        judge: mean negative log-likelihood of public text, in nats a token.
+    """
+    family, target = family_and_config(site)
+    student = family.student_config(target, slices=slices)
+    reasons = {n: cannot_grow(models.read_config(str(path)), student, family) for n, path in sources.items()}
+    able = {n: path for n, path in sources.items() if reasons[n] is None}
+    if not able:
+        why = "; ".join(sorted({str(reason) for reason in reasons.values()}))
+        site.note(f"students start from the target's base, no proxy can grow into it: {why}")
+        return base(site, slices)
+
+    def make(folder: Path) -> None:
+        values = {n: judge(models.load(path)) for n, path in able.items()}
+        best = min(values, key=lambda n: values[n])
+        source = models.load(able[best])
+        model = models.from_config(student, derive_seed(site.seed, "base"))
+        model.load_state_dict(grow(source.state_dict(), source.config, model.state_dict(), student, family))
+        after = judge(model)
+        models.save(model, folder, site.data.tokenizer)
+        (folder / "grown.json").write_text(json.dumps({"from": best, "before": values[best], "after": after}))
+
+    found = {n: digests(path) for n, path in able.items()}
+    folder = site.keep(name, make, site.target, found, slices, site.data_key, site.sequence_length)
+    told = json.loads((folder / "grown.json").read_text())
+    if not told["after"] < told["before"] + GROWN_LOSS:
+        site.note(f"students start from the target's base: {told['from']} predicts worse by {told['after'] - told['before']:.2f} "
+                  "nats a token once it has grown")  # fmt: skip
+        return base(site, slices)
+    return folder
 
 
 def _grow(student: PreTrainedModel, source: str, site: Site, family: Family) -> None:
@@ -177,6 +224,7 @@ def trained(
     training: TextTraining,
     noise: float,
     tuning: tune.TuneOptions,
+    start: Path | None = None,
 ) -> Path:
     """The target MoE from one text: a base trained on it, copied to all experts and tuned, by cross-entropy alone.
 
@@ -185,25 +233,29 @@ def trained(
         parts: keys of what the text is made from.
         noise: see [merge].
         tuning: how the MoE is tuned, its teachers apart.
+        start: the base, when it is not the target's.
     """
-    moe = upcycled(site, prefix, text, *parts, training=training, noise=noise)
+    parts = (*parts, digests(start)) if start else parts
+    moe = upcycled(site, prefix, text, *parts, training=training, noise=noise, start=start)
     return tuned_on_text(site, f"{prefix}moe", moe, text, training, noise, *parts, options=tuning)
 
 
-def upcycled(site: Site, prefix: str, text: Text, *parts: object, training: TextTraining, noise: float) -> Path:
+def upcycled(
+    site: Site, prefix: str, text: Text, *parts: object, training: TextTraining, noise: float, start: Path | None = None
+) -> Path:
     """The first half of `trained`: a base trained on the text (as it is with 0 steps), and copied to all experts."""
     family, target = family_and_config(site)
     name, options = f"{prefix}trained", DistillOptions(steps=training.steps, optimisation=training.optimisation)
 
     def make(folder: Path) -> None:
         distill(
-            base(site), [[]], [text], family=family, target=target, rule=Logits(), recipe="joint", options=options,
+            start or base(site), [[]], [text], family=family, target=target, rule=Logits(), recipe="joint", options=options,
             seed=derive_seed(site.seed, name), tokenizer_folder=site.data.tokenizer,
             scratch=site.folder.scratch(name), progress=site.progress, out=folder,
         )  # fmt: skip
 
     whole = (training, site.target, site.data_key, site.sequence_length, *parts)
-    student = site.keep(name, make, *whole) / "0" if training.steps else base(site)
+    student = site.keep(name, make, *whole) / "0" if training.steps else start or base(site)
     copies, random = merge.MergeOptions(noise=noise), router.RouterOptions(start="random")
     return merged(site, f"{prefix}merged", [student], [[text.batch(0, 8)]], *whole, options=copies, start=random)
 

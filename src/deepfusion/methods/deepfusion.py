@@ -17,15 +17,13 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from deepfusion.artifacts import file_digest, key_of, write_atomic
-from deepfusion.data.mixed import MixedText
 from deepfusion.data.options import DataOptions
 from deepfusion.data.packing import PackedText, document_batches
-from deepfusion.data.prepare import load_corpus, write_corpus
 from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import FleetOptions
 from deepfusion.devices.memory import forward_flops_per_token
 from deepfusion.errors import ModelError
-from deepfusion.methods import assembly, exchange
+from deepfusion.methods import assembly, exchange, reading
 from deepfusion.methods.base import Site, TargetOptions, methods, plugin, precision_faults
 from deepfusion.methods.budget import Budget, Shapes, Work, rows
 from deepfusion.moe import families
@@ -34,7 +32,7 @@ from deepfusion.stages.cluster import Clustering, clusterings, similarity
 from deepfusion.stages.distill import DistillOptions, Rule, distill, rules
 from deepfusion.stages.embed import Embedding, ServerProbe, embeddings
 from deepfusion.training import derive_seed
-from deepfusion.types import Call, Clusters, Corpus, Payload, Proxy, Text, Upload
+from deepfusion.types import Call, Clusters, Payload, Proxy, Text, Upload
 
 
 @methods.register("deepfusion")
@@ -57,7 +55,7 @@ class DeepFusion:
     """
 
     stages: ClassVar[tuple[str, ...]] = (
-        "data", "initial", "uploads", "clusters", "proxies", "generated", "experts", "merged", "moe",
+        "data", "initial", "uploads", "clusters", "proxies", "generated", "start", "experts", "merged", "moe",
     )  # fmt: skip
 
     participation: ClassVar[float] = 1.0
@@ -90,11 +88,11 @@ class DeepFusion:
 
         clusters = self.find_domains(site, uploads)
         closeness_UK = document_UD @ clusters.centroid_KD.T
-        reading = self.distillation
-        weights = exchange.domain_weights(closeness_UK, reading.text, reading.text_temperature)
+        weights = reading.domain_weights(closeness_UK, self.distillation.text, self.distillation.text_temperature)
         teachers = self.average(site, uploads, clusters, initials, weights)
-        texts = self.domain_texts(site, weights, teachers)
-        experts = self.distil(site, teachers, texts)
+        texts = reading.domain_texts(site, weights, teachers, self.generate)
+        start = self.start(site, teachers, weights)
+        experts = self.distil(site, start, teachers, texts)
         merged = self.merge_students(site, experts, closeness_UK)
         return self.tune_merged(site, merged, teachers, texts)
 
@@ -130,12 +128,12 @@ class DeepFusion:
         uploads: Sequence[Upload],
         clusters: Clusters,
         initials: dict[str, Path],
-        weights: exchange.Weights,
+        weights: reading.Weights,
     ) -> list[list[Proxy]]:
         """Phase I: one proxy for each domain and architecture, as a list of teachers for each domain."""
 
         def make(folder: Path) -> None:
-            judge = exchange.judge_on_public_text(site, weights, self.proxy.judged_on)
+            judge = reading.judge_on_public_text(site, weights, self.proxy.judged_on)
             proxy.make_proxies(
                 uploads, clusters, options=self.proxy, initials=initials, judge=judge,
                 tokenizer_folder=site.data.tokenizer, out=folder, progress=site.progress,
@@ -148,48 +146,49 @@ class DeepFusion:
         proxies = proxy.load_proxies(folder)
         return [[p for p in proxies if p.cluster == k] for k in range(clusters.num_clusters)]
 
-    def domain_texts(self, site: Site, weights: exchange.Weights, teachers: Sequence[Sequence[Proxy]]) -> list[Text]:
-        """Each domain's training text: its part of the public text, mixed with what its teachers wrote."""
-        share, length = self.generate.share, site.sequence_length
-        texts: list[Text] = []
-        for k, (weights_U, domain_teachers) in enumerate(zip(weights, teachers, strict=True)):
-            public = PackedText(site.data.public, length, derive_seed(site.seed, "text", k), weights_U)
-            if share:
-                written = PackedText(
-                    self.written(site, k, domain_teachers), length, derive_seed(site.seed, "written", k)
-                )
-                texts.append(MixedText(public, written, share))
-            else:
-                texts.append(public)
-        site.reached("generated")
-        return texts
+    def start(self, site: Site, teachers: Sequence[Sequence[Proxy]], weights: reading.Weights) -> Path:
+        """What all students start as: the best proxy that can grow to their size, or the target's base."""
+        slices = self.slices(site, len(teachers))
+        if self.grows(site):
+            sources = {p.folder.name: p.folder for domain in teachers for p in domain}
+            judge = reading.mean_judge(site, weights, self.proxy.judged_on)
+            folder = assembly.grown(site, "start", sources, judge, slices)
+        else:
+            folder = assembly.base(site, slices)
+        site.reached("start")
+        return folder
 
-    def written(self, site: Site, domain: int, teachers: Sequence[Proxy]) -> Corpus:
-        """Text that a domain's teachers wrote."""
+    def grows(self, site: Site) -> bool:
+        """Whether students start from a proxy where one can grow; a target with pretrained weights is their start."""
+        return self.distillation.start == "proxy" and site.target.base is None
 
-        def make(folder: Path) -> None:
-            corpus = generate.sample(
-                teachers, domain=f"domain-{domain}", options=self.generate, sequence_length=site.sequence_length,
-                seed=site.seed, tokenizer_folder=site.data.tokenizer, progress=site.progress,
-            )  # fmt: skip
-            write_corpus(corpus, folder)
-
-        return load_corpus(site.keep(f"generated/{domain}", make, self.generate, site.folder.key("proxies")))
-
-    def distil(self, site: Site, teachers: Sequence[Sequence[Proxy]], texts: Sequence[Text]) -> list[Path]:
-        """Phase II: one student a domain, from one common base; returns their folders."""
+    def slices(self, site: Site, domains: int) -> int:
+        """Experts that are cut out of one student."""
         family, moe = assembly.family_and_config(site)
-        slices = self.merge.slices(len(teachers), family.num_experts(moe))
+        return self.merge.slices(domains, family.num_experts(moe))
+
+    def distil(self, site: Site, start: Path, teachers: Sequence[Sequence[Proxy]], texts: Sequence[Text]) -> list[Path]:
+        """Phase II: one student a domain, all from one start; returns their folders."""
+        family, moe = assembly.family_and_config(site)
+        slices = self.slices(site, len(teachers))
 
         def make(folder: Path) -> None:
             distill(
-                assembly.base(site, slices), teachers, texts, family=family, target=moe, slices=slices, rule=self.distill,
+                start, teachers, texts, family=family, target=moe, slices=slices, rule=self.distill,
                 recipe=self.recipe, options=self.distillation, seed=derive_seed(site.seed, "distill"),
                 tokenizer_folder=site.data.tokenizer, scratch=site.folder.scratch("experts"), progress=site.progress,
                 out=folder,
             )  # fmt: skip
 
-        parts = (self.recipe, self.distill, self.distillation, self.generate, site.target, slices)
+        parts = (
+            self.recipe,
+            self.distill,
+            self.distillation,
+            self.generate,
+            site.target,
+            slices,
+            assembly.digests(start),
+        )
         folder = site.keep("experts", make, *parts, site.folder.key("proxies"))
         return [folder / str(k) for k in range(len(teachers))]
 
@@ -211,7 +210,8 @@ class DeepFusion:
     def reference(self, site: Site) -> Path:
         """The same MoE from public text alone, with as many tokens: a base trained on it, copied to E experts, tuned.
 
-        One batch of the base's training is as large as those of all domains together.
+        One batch of the base's training is as large as those of all domains together. Where students start from a grown
+        proxy, it starts from the best warm start (on public text alone) of an architecture that grows.
         """
         domains = len(json.loads((site.folder / "clusters.json").read_text())["members"])
         text = PackedText(site.data.public, site.sequence_length, derive_seed(site.seed, "reference"))
@@ -220,7 +220,17 @@ class DeepFusion:
             steps=self.distillation.steps,
             optimisation=replace(optimisation, batch_size=domains * optimisation.batch_size),
         )
-        return assembly.trained(site, "reference/", text, training=training, noise=self.merge.noise, tuning=self.tune)
+        return assembly.trained(
+            site, "reference/", text, training=training, noise=self.merge.noise, tuning=self.tune,
+            start=self.reference_start(site),
+        )  # fmt: skip
+
+    def reference_start(self, site: Site) -> Path | None:
+        """What `reference` starts from; None for the target's base."""
+        if not self.grows(site) or not self.warm_start.steps:
+            return None
+        sources = {name: Path(path) for name, path in json.loads((site.folder / "initial.json").read_text()).items()}
+        return assembly.grown(site, "reference/start", sources, reading.mean_judge(site, [None], self.proxy.judged_on))
 
     def server_work(self, shapes: Shapes) -> tuple[Work, ...]:
         """Distillation of all domains, and tuning; the teachers read along."""

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -28,17 +27,15 @@ from deepfusion.methods.base import Site
 from deepfusion.stages import evaluate
 from deepfusion.stages.embed import Embedding, ServerProbe
 from deepfusion.stages.local import Penalty, steps_for, train_causal_lm
-from deepfusion.stages.proxy import MODEL, Judge, load_upload
+from deepfusion.stages.proxy import MODEL, load_upload
 from deepfusion.state_dicts import distinct_state, load_distinct
 from deepfusion.training import Optimisation, derive_seed
-from deepfusion.types import Call, Corpus, ModelSpec, Payload, State, Upload
+from deepfusion.types import Call, ModelSpec, Payload, State, Upload
 
 PUBLISHED = "published/"
 """Prefix of what the server publishes for embeddings, in a request."""
 EMBEDDING = "embedding"
 """Name of the embedding in an answer."""
-Weights = Sequence[np.ndarray | None]
-"""For each domain the weight of every public document in its text, None where all weigh alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,31 +268,3 @@ def probe_uploads(
 def with_prefix(payload: Payload, prefix: str) -> State:
     """The payload's tensors whose names begin so, under the rest of their names."""
     return {name.removeprefix(prefix): t for name, t in payload.arrays.items() if name.startswith(prefix)}
-
-
-def domain_weights(closeness_UK: np.ndarray, text: Literal["domain", "uniform"], temperature: float) -> Weights:
-    """The public text of each domain: what is near it, or all alike (method, section 7).
-
-    Document u is drawn for domain i with probability proportional to exp(cos(e_u, c_i) / temperature).
-    """
-    if text == "uniform":
-        return [None] * closeness_UK.shape[1]
-    return [np.exp((near_U - near_U.max()) / temperature) for near_U in closeness_UK.T]
-
-
-def judge_on_public_text(site: Site, weights: Weights, count: int) -> Judge:
-    """Compares models by their log-perplexity on `count` public documents of a domain, drawn by the domain's weights."""
-    public = site.data.public
-    texts: list[Corpus] = []
-    for domain, weights_U in enumerate(weights):
-        generator = np.random.default_rng(derive_seed(site.seed, "judge", domain))
-        share_U = None if weights_U is None else weights_U / weights_U.sum()
-        rows = generator.choice(len(public), size=min(count, len(public)), replace=False, p=share_U)
-        texts.append(public.select(np.sort(rows)))
-
-    def judge(domain: int, model: PreTrainedModel) -> float:
-        return sum(
-            evaluate.score_documents(model, texts[domain], site.sequence_length), evaluate.Score()
-        ).log_perplexity
-
-    return judge

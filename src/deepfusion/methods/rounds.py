@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from deepfusion.artifacts import file_digest, key_of
+from deepfusion.artifacts import key_of
 from deepfusion.data.options import DataOptions
 from deepfusion.data.packing import PackedText
 from deepfusion.devices import models
@@ -116,12 +116,14 @@ class Rounds(RoundOptions):
 
     def finish(self, site: Site, moe: Path) -> Path:
         """Tune the last round's MoE on public text."""
-        return assembly.tuned_on_text(site, "moe", moe, _public(site), _digest(moe), options=self.tune)
+        return assembly.tuned_on_text(site, "moe", moe, _public(site), assembly.digests(moe), options=self.tune)
 
     def reference(self, site: Site) -> Path:
         """The same without the rounds."""
         start = self.begin(site)
-        return assembly.tuned_on_text(site, "reference/moe", start, _public(site), _digest(start), options=self.tune)
+        return assembly.tuned_on_text(
+            site, "reference/moe", start, _public(site), assembly.digests(start), options=self.tune
+        )
 
 
 def run_round(
@@ -134,7 +136,7 @@ def run_round(
         parts: keys of what the answers and their folding depend on.
         admit: None takes an answer that holds the very tensors that its device was sent, in the same shapes.
     """
-    inputs = (number, _digest(moe), site.fleet, site.data_key, site.sequence_length, *parts)
+    inputs = (number, assembly.digests(moe), site.fleet, site.data_key, site.sequence_length, *parts)
     key, place = key_of("round", site.seed, *inputs), f"uploads/round-{number}"
 
     def make(folder: Path) -> None:
@@ -210,7 +212,3 @@ def answers(files: Mapping[str, Path]) -> Iterator[tuple[str, State, int]]:
 
 def _public(site: Site) -> PackedText:
     return PackedText(site.data.public, site.sequence_length, derive_seed(site.seed, "public"))
-
-
-def _digest(folder: Path) -> list[str]:
-    return [file_digest(path) for path in sorted(folder.glob("*.safetensors"))]

@@ -43,6 +43,9 @@ class DistillOptions:
         branch: share of the steps in which the experts of all domains learn alike, from the text and teachers of all; then each
             goes its own way, from its own domain alone (after Branch-Train-MiX, arXiv 2403.07816). With the paper's recipe
             students are apart from the start.
+        start: what all students start as: with "proxy" the proxy that predicts the domains' public text best, grown to the
+            student's size (`moe/growth.py`), where an architecture and the target allow it; else, or with "base", the
+            target's base. A target with pretrained weights is always its base.
         together: the student reads the batches of all domains in one forward pass, each through its own expert: much
             faster for small models, and as much activation memory as domains; false reads one after the other.
             Families whose students are dense (DeepSeek) always do the latter.
@@ -59,6 +62,7 @@ class DistillOptions:
     text: Literal["domain", "uniform"] = "domain"
     text_temperature: float = 0.1
     branch: float = 0.8
+    start: Literal["proxy", "base"] = "proxy"
     together: bool = True
     optimisation: Optimisation = field(default_factory=Optimisation)
 
