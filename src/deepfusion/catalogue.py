@@ -9,11 +9,13 @@ import re
 import typing
 from typing import Any
 
-from deepfusion.config import RunConfig, describe_type
+from deepfusion.config import RunConfig
 from deepfusion.data.embedded import EMBEDDED
 from deepfusion.devices.presets import PRESETS
 from deepfusion.methods import methods
+from deepfusion.methods.selective import continuations
 from deepfusion.moe import families
+from deepfusion.registry import describe_type, option_name
 from deepfusion.stages.cluster import clusterings
 from deepfusion.stages.distill import rules
 from deepfusion.stages.embed import embeddings
@@ -21,7 +23,10 @@ from deepfusion.stages.embed import embeddings
 
 def catalogue() -> dict[str, dict[str, str]]:
     """What can be plugged in, by kind: names and one line on each."""
-    registries = {"method": methods, "[embed] type": embeddings, "[cluster] type": clusterings, "[distill] type": rules}
+    registries = {
+        "method": methods, "[embed] type": embeddings, "[cluster] type": clusterings, "[distill] type": rules,
+        "[continue] type": continuations,
+    }  # fmt: skip
     parts = {kind: registry.describe() for kind, registry in registries.items()}
     moe = {name: p.about for name, p in PRESETS.items() if p.config["model_type"] in families}
     kinds = {"single": "its students have one expert", "dense": "its students are dense"}
@@ -69,12 +74,12 @@ class _Reader:
         rows: list[str] = []
         below: list[str] = []
         for field in dataclasses.fields(cls):
-            inner = f"{section}.{field.name}" if section else field.name
+            inner = f"{section}.{option_name(field)}" if section else option_name(field)
             hint, registry = hints[field.name], field.metadata.get("registry")
             nested = [t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)]
             if registry is not None and registry is not methods:
-                required = field.default_factory is dataclasses.MISSING
-                usual = "" if required else registry.name_of(type(typing.cast(Any, field.default_factory)()))
+                made = field.default_factory is not dataclasses.MISSING
+                usual = registry.name_of(type(typing.cast(Any, field.default_factory)())) if made else ""
                 for name in registry:
                     about = f' with `type = "{name}"`' + (", the default" if name == usual else "")
                     below += self.section(registry[name], inner, f"`[{inner}]`{about}")

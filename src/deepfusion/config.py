@@ -16,7 +16,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Union, get_args, get_origin
 
 import tomli_w
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -26,7 +26,7 @@ from deepfusion.devices.fleet import FleetOptions
 from deepfusion.errors import ConfigError
 from deepfusion.federation.options import FederationOptions
 from deepfusion.methods import Method, TargetOptions, methods
-from deepfusion.registry import Registry, did_you_mean
+from deepfusion.registry import Registry, describe_type, did_you_mean, option_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,7 @@ def parse_config(tree: Mapping[str, Any], source: str = "configuration") -> RunC
         hint = did_you_mean(str(name), tuple(methods))
         raise ConfigError([f'method = "{name}": unknown{hint}; choose one of {known}'], source)
     method_class = methods[name]
-    method_keys = {f.name for f in dataclasses.fields(typing.cast(Any, method_class))}
+    method_keys = {option_name(f) for f in dataclasses.fields(typing.cast(Any, method_class))}
     unknown = [key for key in tree if key != "method" and key not in shared | method_keys]
     for key in unknown:
         what = f"[{key}]" if isinstance(tree[key], dict) else f"{key} = {tree[key]!r}"
@@ -188,7 +188,7 @@ def _build(cls: type, tree: Any, section: str, faults: list[str], given: Mapping
         faults.append(f"[{section}] = {tree!r}: must be a section with keys; write [{section}] and key = value lines")
         return None
     hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    fields = {option_name(f): f for f in dataclasses.fields(cls) if f.init}
     before = len(faults)
     for key in tree:
         if key not in fields:
@@ -199,10 +199,11 @@ def _build(cls: type, tree: Any, section: str, faults: list[str], given: Mapping
         if name in given:
             continue
         inner = f"{section}.{name}" if section else name
+        hint, registry = hints[spec.name], spec.metadata.get("registry")
         if name in tree:
-            values[name] = _value(hints[name], spec.metadata.get("registry"), tree[name], inner, section, name, faults)
+            values[spec.name] = _value(hint, registry, tree[name], inner, section, name, faults)
         elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
-            faults.append(_missing(hints[name], spec.metadata.get("registry"), inner, section, name))
+            faults.append(_missing(hint, registry, inner, section, name))
     if len(faults) > before:
         return None
     instance = cls(**values)
@@ -271,26 +272,6 @@ def _missing(hint: Any, registry: Registry[Any] | None, inner: str, section: str
     return f"{_at(section)}{name} is missing; give {describe_type(hint)}"
 
 
-def describe_type(hint: Any) -> str:
-    """What to write for an option of this type, in words."""
-    names = {
-        int: "a whole number",
-        float: "a number",
-        str: "a text in quotes",
-        bool: "true or false",
-        type(None): "nothing",
-    }
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(f'"{a}"' if isinstance(a, str) else str(a) for a in get_args(hint))
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(describe_type(a) for a in get_args(hint) if a is not type(None))
-    if get_origin(hint) in (tuple, list):
-        return "a list, each item " + describe_type(get_args(hint)[0])
-    if get_origin(hint) is dict:
-        return "a table { key = value }"
-    return names.get(hint, str(hint))
-
-
 def _at(section: str) -> str:
     return f"[{section}] " if section else ""
 
@@ -306,7 +287,7 @@ def _plain(value: Any, registry: Registry[Any] | None = None) -> Any:
         for f in dataclasses.fields(value):
             item = getattr(value, f.name)
             if item is not None:
-                tree[f.name] = _plain(item, f.metadata.get("registry"))
+                tree[option_name(f)] = _plain(item, f.metadata.get("registry"))
         return tree
     if isinstance(value, tuple | list):
         return [_plain(v) for v in typing.cast(Sequence[Any], value)]

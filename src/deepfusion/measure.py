@@ -18,6 +18,7 @@ from deepfusion.devices import memory, models
 from deepfusion.federation.ledger import Ledger
 from deepfusion.methods.base import Site, methods
 from deepfusion.methods.budget import rows
+from deepfusion.methods.rounds import ROUND
 from deepfusion.moe import families
 from deepfusion.record import (
     Baselines,
@@ -30,8 +31,9 @@ from deepfusion.record import (
     Metrics,
     ModelMetrics,
     Record,
+    RoundRecord,
 )  # fmt: skip
-from deepfusion.run import Notes, hosted_configs, private_corpus, shapes_of, versions
+from deepfusion.run import Notes, hosted_configs, private_corpus, shapes_of, trainings, versions
 from deepfusion.stages.evaluate import Score, by_domain, expert_load, mutual_information, score_documents, total
 from deepfusion.stages.local import steps_for
 from deepfusion.stages.proxy import load_proxies, load_upload
@@ -78,6 +80,7 @@ def measure(
         versions=versions(),
         curves=_curves(site.folder.path),
         rounds=_rounds(config, site, scorer),
+        round_records=_round_records(site.folder / "rounds"),
         expert_load=load,
         expert_mutual_information=mutual_information(load),
         merge_check=_merge_check(merged),
@@ -192,16 +195,14 @@ def _baselines(
 
 
 def _budget(config: RunConfig, site: Site, devices: Sequence[DeviceRecord]) -> BudgetRecord:
-    fleet, length, hosted = config.devices, site.sequence_length, hosted_configs(config)
+    fleet, length, found = config.devices, site.sequence_length, trainings(config)
     read = flops = 0
     for device in devices:
-        shape, tokens = hosted[device.architecture], device.tokens
-        if shape is not None:
-            steps = (
-                steps_for(tokens, length, fleet.training, fleet.epochs, fleet.max_steps) * config.method.participation
-            )
-            mine = round(steps * rows(fleet.training) * length)
-            read, flops = read + mine, flops + mine * 3 * memory.forward_flops_per_token(shape)
+        steps = steps_for(device.tokens, length, fleet.training, fleet.epochs, fleet.max_steps)
+        for training in found[device.architecture]:
+            mine = round(steps * training.share * rows(fleet.training) * length)
+            each = 3 * memory.forward_flops_per_token(training.model)
+            read, flops = read + mine, flops + (mine + training.public_tokens) * each
     work = config.method.server_work(shapes_of(config))
     return BudgetRecord(
         device_tokens=read,
@@ -217,6 +218,12 @@ def _rounds(config: RunConfig, site: Site, scorer: _Scorer) -> list[Metrics]:
         return []
     count = sum(1 for _ in folder.iterdir())
     return [as_metrics(scorer.folder(f"round {number}", folder / str(number))) for number in range(count)]
+
+
+def _round_records(folder: Path) -> list[RoundRecord]:
+    """What the rounds' own notes tell."""
+    paths = sorted(folder.glob(f"*/{ROUND}"), key=lambda path: int(path.parent.name))
+    return [RoundRecord.of(json.loads(path.read_text())) for path in paths]
 
 
 def _group(items: list[ModelMetrics]) -> Group | None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,45 @@ class BudgetRecord(_Part):
     server_flops: int
 
 
+class RoundRecord(_Part):
+    """Who took part in a round, and how much of the MoE was used (HFedMoE).
+
+    Attributes:
+        asked, answered: devices.
+        by_budget: for each budget of experts that a device may train on a batch, the devices asked and those that answered.
+        gate_scale: sum of the devices' gate weights before they are normalised.
+        routed, trained, uploaded: share of all experts, mean over the devices that answered.
+    """
+
+    asked: int
+    answered: int
+    by_budget: dict[str, tuple[int, int]] = {}
+    gate_scale: float | None = None
+    routed: float | None = None
+    trained: float | None = None
+    uploaded: float | None = None
+
+    @classmethod
+    def of(cls, said: Mapping[str, Any]) -> RoundRecord:
+        """From what a round's `round.json` tells."""
+        asked, answered, devices = said["asked"], said["answered"], said.get("devices", {})
+        if not devices:
+            return cls(asked=len(asked), answered=len(answered))
+        budgets = {device: str(said["budgets"][device]) for device in asked}
+        experts = sum(len(row) for row in next(iter(devices.values()))["usage"])
+        shares = {
+            name: sum(told[name] for told in devices.values()) / experts / len(devices)
+            for name in ("routed", "trained", "uploaded")
+        }
+        by_budget = {
+            budget: (list(budgets.values()).count(budget), sum(budgets[device] == budget for device in answered))
+            for budget in sorted(set(budgets.values()), key=int)
+        }
+        return cls(
+            asked=len(asked), answered=len(answered), by_budget=by_budget, gate_scale=said["gate_scale"], **shares
+        )
+
+
 class DeviceRecord(_Part):
     """One device."""
 
@@ -137,6 +177,7 @@ class Record(_Part):
 
     Attributes:
         rounds: of a method in rounds, the score of the model after each one, before the last tuning.
+        round_records: what happened in each of them.
         failures: why a device had no part: it did not answer, or what it would train does not fit its memory.
     """
 
@@ -158,6 +199,7 @@ class Record(_Part):
     versions: dict[str, str]
     curves: dict[str, dict[str, list[tuple[float, float]]]]
     rounds: list[Metrics] = []
+    round_records: list[RoundRecord] = []
     expert_load: dict[str, list[float]]
     expert_mutual_information: float
     merge_check: float | None

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import types
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from deepfusion.errors import ConfigError
 
@@ -17,6 +19,31 @@ def did_you_mean(word: str, known: Iterator[str] | tuple[str, ...]) -> str:
     """A hint such as ` (did you mean "kmeans"?)`, or nothing when no known name is close."""
     close = difflib.get_close_matches(word, tuple(known), n=1)
     return f' (did you mean "{close[0]}"?)' if close else ""
+
+
+def option_name(field: dataclasses.Field[Any]) -> str:
+    """What a dataclass's field is called in TOML: its name, unless that would be a word of Python."""
+    return str(field.metadata.get("key", field.name))
+
+
+def describe_type(hint: Any) -> str:
+    """What to write for an option of this type, in words."""
+    names = {
+        int: "a whole number",
+        float: "a number",
+        str: "a text in quotes",
+        bool: "true or false",
+        type(None): "nothing",
+    }
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(f'"{a}"' if isinstance(a, str) else str(a) for a in get_args(hint))
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(describe_type(a) for a in get_args(hint) if a is not type(None))
+    if get_origin(hint) in (tuple, list):
+        return "a list, each item " + describe_type(get_args(hint)[0])
+    if get_origin(hint) is dict:
+        return "a table { key = value }"
+    return names.get(hint, str(hint))
 
 
 class Registry(Generic[T]):

@@ -26,7 +26,7 @@ from deepfusion.devices import memory, models
 from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import DeviceCard, cards, shared_ids
 from deepfusion.errors import ConfigError, MemoryLimitError, ResumeError
-from deepfusion.methods.base import Site
+from deepfusion.methods.base import Site, Training
 from deepfusion.methods.budget import Shapes
 from deepfusion.moe import families
 from deepfusion.training import derive_seed
@@ -106,10 +106,16 @@ def own_configs(config: RunConfig) -> dict[str, PreTrainedConfig]:
     return {s.name: models.config_of(s, vocab_size=vocabulary, positions=length) for s in config.devices.models}
 
 
-def hosted_configs(config: RunConfig) -> dict[str, PreTrainedConfig | None]:
-    """Configuration of what a device of each architecture trains; None where the method trains nothing on devices."""
+def trainings(config: RunConfig) -> dict[str, tuple[Training, ...]]:
+    """What a device of each architecture trains."""
     target = shapes_of(config).target
-    return {name: config.method.hosted(own, target) for name, own in own_configs(config).items()}
+    return {name: config.method.trainings(own, target) for name, own in own_configs(config).items()}
+
+
+def hosted_configs(config: RunConfig) -> dict[str, PreTrainedConfig | None]:
+    """Configuration of the largest model that a device of each architecture trains; None where it trains none."""
+    models_of = {name: [training.model for training in found] for name, found in trainings(config).items()}
+    return {name: max(found, key=memory.num_parameters, default=None) for name, found in models_of.items()}
 
 
 def shapes_of(config: RunConfig) -> Shapes:

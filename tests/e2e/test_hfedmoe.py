@@ -102,8 +102,25 @@ def test_what_is_sent_was_trained_and_what_was_trained_was_routed(run: tuple[Pat
             assert 0 < told["uploaded"] <= told["trained"] <= told["routed"] <= 8
             assert 0 < told["coverage"] <= 1
             assert [sum(row) for row in told["usage"]] == pytest.approx([1.0, 1.0], abs=1e-4)
-    budgets = [told["budget"] for told in read_round(run[0] / "rounds" / "0")["devices"].values()]
+    budgets = read_round(run[0] / "rounds" / "0")["budgets"].values()
     assert sorted(budgets) == [2, 2, 4, 4, 6, 8], "dealt out evenly"
+    for record in run[1].round_records:
+        assert (record.asked, record.answered) == (6, 6)
+        assert record.by_budget == {"2": (2, 2), "4": (2, 2), "6": (1, 1), "8": (1, 1)}
+        assert record.routed is not None
+        assert record.trained is not None
+        assert record.uploaded is not None
+        assert 0 < record.uploaded <= record.trained <= record.routed <= 1
+
+
+def test_the_page_shows_the_rounds(run: tuple[Path, Record]) -> None:
+    page = (run[0] / "report.html").read_text()
+    told = run[1].round_records[1]
+    assert told.gate_scale is not None
+    assert told.trained is not None
+    assert "<h2>Rounds</h2>" in page
+    assert f"<td>{told.gate_scale:.4f}</td>" in page
+    assert f"<td>{100 * told.trained:.0f}%</td>" in page
 
 
 def test_a_round_that_a_crash_has_lost_comes_back_the_same(root: Path) -> None:
@@ -122,14 +139,14 @@ def test_a_device_of_half_the_experts_is_sent_half_and_later_the_ones_it_used(su
     common = size({name: tensor for name, tensor in whole.items() if expert_of(name) is None})
     expert = (size(whole) - common) // 8
     down = {(row["device"], row["round"]): row["bytes"] for row in ledger(subset) if row["direction"] == "down"}
-    told = read_round(subset / "rounds" / "0")["devices"]
+    said = read_round(subset / "rounds" / "0")
     for (device, _), sent in down.items():
-        held = told[device]["budget"]
+        held = said["budgets"][device]
         assert held in (4, 8)
         assert common + held * expert < sent < common + held * expert + 12_000
-    for said in told.values():
-        used = [sum(1 for value in row if value > 0) for row in said["usage"]]
-        assert used == [said["budget"] // 2] * 2, "it routes among the experts that it holds"
+    for device, told in said["devices"].items():
+        used = [sum(1 for value in row if value > 0) for row in told["usage"]]
+        assert used == [said["budgets"][device] // 2] * 2, "it routes among the experts that it holds"
 
 
 def test_an_expert_that_nobody_sends_back_stays_as_it_was(root: Path) -> None:
@@ -172,6 +189,30 @@ def test_budgets_out_of_memory_are_what_fits(root: Path) -> None:
     site = make_site(config, RunFolder(root / "memory"), load_prepared(root / "full" / "data"))
     assert isinstance(config.method, HFedMoE)
     assert set(config.method.means(site).values()) == {(3, 6)}
+
+
+def test_deepfusion_goes_on_with_its_merged_moe_in_the_federation(root: Path) -> None:
+    tree = small_tree(
+        root, warm_start=WARM, evaluate={**EVALUATE, "devices": False, "proxies": False, "students": False}
+    )
+    tree["devices"]["max_steps"] = 4
+    plain = launch(parse_config(tree), root / "plain")
+    more = launch(parse_config({**tree, "continue": {"type": "hfedmoe", "rounds": 2}}), root / "continued")
+    assert plain is not None
+    assert more is not None
+    folder = root / "continued"
+    assert (folder / "tuned" / "model.safetensors").read_bytes() == (
+        root / "plain" / "moe" / "model.safetensors"
+    ).read_bytes()
+    assert (folder / "moe" / "model.safetensors").read_bytes() == (
+        folder / "rounds" / "1" / "model.safetensors"
+    ).read_bytes()
+    assert len(more.round_records) == 2
+    assert more.metrics.log_perplexity < plain.metrics.log_perplexity, "private text read with the MoE itself"
+    assert plain.budget is not None
+    assert more.budget is not None
+    assert more.budget.device_tokens == 2 * plain.budget.device_tokens
+    assert more.devices[0].parameters > plain.devices[0].parameters, "a device holds the MoE as well"
 
 
 @pytest.fixture(scope="module")

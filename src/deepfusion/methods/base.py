@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from transformers import PreTrainedConfig
 
@@ -145,6 +145,20 @@ class Site:
             raise StageReached(name)
 
 
+class Training(NamedTuple):
+    """A device's training.
+
+    Attributes:
+        model: what is trained.
+        share: of the steps that reading the device's text takes, over all rounds; below 1 where devices sit rounds out.
+        public_tokens: what it reads of public text besides, for the FLOPs; the device's budget is of private text.
+    """
+
+    model: PreTrainedConfig
+    share: float = 1.0
+    public_tokens: int = 0
+
+
 class Method(Protocol):
     """A federated method: a frozen, registered dataclass whose fields are its TOML options and sections."""
 
@@ -163,17 +177,12 @@ class Method(Protocol):
         """The same MoE trained without the fleet: on public text alone, with the server's number of tokens."""
         ...
 
-    def hosted(self, own: PreTrainedConfig, target: PreTrainedConfig) -> PreTrainedConfig | None:
-        """The model that a device of architecture `own` trains, where `target` is the run's MoE; None when it trains none."""
+    def trainings(self, own: PreTrainedConfig, target: PreTrainedConfig) -> tuple[Training, ...]:
+        """What a device of architecture `own` trains, where `target` is the run's MoE; nothing in some methods."""
         ...
 
     def server_work(self, shapes: Shapes) -> tuple[Work, ...]:
         """The server's trainings on public text, warm starts apart; of text that devices hand over, nothing is counted."""
-        ...
-
-    @property
-    def participation(self) -> float:
-        """Share of the devices that train in a round; 1 in one-shot methods."""
         ...
 
     def faults_with(self, devices: FleetOptions, data: DataOptions, target: TargetOptions) -> Iterator[str]:
@@ -201,8 +210,14 @@ def precision_faults(trainings: Mapping[str, Optimisation]) -> Iterator[str]:
         yield (f"precision = {said} in {', '.join(others)} and {last}: the server computes in one; give all the same")
 
 
-def plugin(registry: Registry[Any], default: str | None = None) -> Any:
-    """A dataclass field whose TOML section names one of `registry` by `type`; required when there is no default."""
+def plugin(registry: Registry[Any], default: str | None = None, *, optional: str | None = None) -> Any:
+    """A dataclass field whose TOML section names one of `registry` by `type`; required when there is no default.
+
+    Args:
+        optional: name of a section that may be left out; the field is None then.
+    """
+    if optional is not None:
+        return field(default=None, metadata={"registry": registry, "key": optional})
     if default is None:
         return field(metadata={"registry": registry})
     return field(default_factory=lambda: registry[default](), metadata={"registry": registry})

@@ -26,7 +26,7 @@ from deepfusion.devices.memory import forward_flops_per_token
 from deepfusion.errors import UploadError
 from deepfusion.federation.payload import read_file
 from deepfusion.methods import assembly, exchange
-from deepfusion.methods.base import Site, TargetOptions, family_faults, methods, precision_faults
+from deepfusion.methods.base import Site, TargetOptions, Training, family_faults, methods, precision_faults
 from deepfusion.methods.budget import Budget, Shapes, Work, rows
 from deepfusion.stages.local import steps_for
 from deepfusion.stages.tune import TuneOptions
@@ -46,8 +46,6 @@ class Centralised:
     """
 
     stages: ClassVar[tuple[str, ...]] = ("data", "uploads", "trained", "merged", "moe")
-
-    participation: ClassVar[float] = 1.0
 
     noise: float = 0.01
     training: assembly.TextTraining
@@ -98,8 +96,9 @@ class Centralised:
         text = PackedText(site.data.public, site.sequence_length, derive_seed(site.seed, "reference"))
         return assembly.trained(site, "reference/", text, training=self.training, noise=self.noise, tuning=self.tune)
 
-    def hosted(self, own: PreTrainedConfig, target: PreTrainedConfig) -> None:
+    def trainings(self, own: PreTrainedConfig, target: PreTrainedConfig) -> tuple[Training, ...]:
         """Devices train nothing."""
+        return ()
 
     def server_work(self, shapes: Shapes) -> tuple[Work, ...]:
         """The base's training and the MoE's."""

@@ -8,6 +8,7 @@ independent students whose shared layers are averaged, "joint" trains the shared
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,9 +24,10 @@ from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import FleetOptions
 from deepfusion.devices.memory import forward_flops_per_token
 from deepfusion.errors import ModelError
-from deepfusion.methods import assembly, exchange, reading
-from deepfusion.methods.base import Site, TargetOptions, methods, plugin, precision_faults
+from deepfusion.methods import assembly, exchange, reading, rounds
+from deepfusion.methods.base import Site, TargetOptions, Training, methods, plugin, precision_faults
 from deepfusion.methods.budget import Budget, Shapes, Work, rows
+from deepfusion.methods.selective import SelectiveRounds, continuations
 from deepfusion.moe import families
 from deepfusion.stages import generate, merge, proxy, router, tune
 from deepfusion.stages.cluster import Clustering, clusterings, similarity
@@ -52,13 +54,13 @@ class DeepFusion:
         merge: [merge] how students become experts.
         router: [router] how the router starts.
         tune: [tune] how the merged model is tuned.
+        continued: [continue] rounds in which the devices go on with the tuned model; none when left out. Each device then
+            has to hold the MoE as well, and reads its text a second time.
     """
 
     stages: ClassVar[tuple[str, ...]] = (
-        "data", "initial", "uploads", "clusters", "proxies", "generated", "start", "experts", "merged", "moe",
+        "data", "initial", "uploads", "clusters", "proxies", "generated", "start", "experts", "merged", "tuned", "rounds", "moe",
     )  # fmt: skip
-
-    participation: ClassVar[float] = 1.0
 
     recipe: Literal["joint", "paper"] = "joint"
     warm_start: exchange.WarmStart = field(default_factory=exchange.WarmStart)
@@ -71,9 +73,12 @@ class DeepFusion:
     merge: merge.MergeOptions = field(default_factory=merge.MergeOptions)
     router: router.RouterOptions = field(default_factory=router.RouterOptions)
     tune: tune.TuneOptions
+    continued: SelectiveRounds | None = plugin(continuations, optional="continue")
 
     def client(self, device: Device, request: Payload) -> Payload:
-        """Train the device's own model, describe its text by an embedding, and answer with both."""
+        """Train the device's own model, describe its text by an embedding, and answer with both; later, train the MoE."""
+        if self.continued and request.what == "model":
+            return self.continued.client(device, request)
         return exchange.answer_with_model(device, request, self.embed)
 
     def server(self, site: Site, call: Call) -> Path:
@@ -94,7 +99,7 @@ class DeepFusion:
         start = self.start(site, teachers, weights)
         experts = self.distil(site, start, teachers, texts)
         merged = self.merge_students(site, experts, closeness_UK)
-        return self.tune_merged(site, merged, teachers, texts)
+        return self.go_on(site, call, self.tune_merged(site, merged, teachers, texts))
 
     def upload_key(self, site: Site) -> str:
         """Hash of all that the uploads depend on."""
@@ -205,7 +210,19 @@ class DeepFusion:
     def tune_merged(self, site: Site, merged: Path, teachers: Sequence[Sequence[Proxy]], texts: Sequence[Text]) -> Path:
         """Phase III: tune the merged model on the domains' text, under their teachers."""
         parts = (site.folder.key("merged"), self.generate)
-        return assembly.tuned(site, "moe", merged, teachers, texts, *parts, options=self.tune)
+        name = "tuned" if self.continued else "moe"
+        return assembly.tuned(site, name, merged, teachers, texts, *parts, options=self.tune)
+
+    def go_on(self, site: Site, call: Call, moe: Path) -> Path:
+        """The federation's last rounds with the tuned model, where there are any."""
+        if self.continued is None:
+            return moe
+        last = self.continued.run(site, call, moe)
+
+        def make(folder: Path) -> None:
+            shutil.copytree(last, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", rounds.ROUND))
+
+        return site.keep("moe", make, assembly.digests(last))
 
     def reference(self, site: Site) -> Path:
         """The same MoE from public text alone, with as many tokens: a base trained on it, copied to E experts, tuned.
@@ -250,9 +267,9 @@ class DeepFusion:
         training = assembly.TextTraining(steps=self.distillation.steps, optimisation=wide)
         return Budget(self.embed, self.warm_start, training, self.tune)
 
-    def hosted(self, own: PreTrainedConfig, target: PreTrainedConfig) -> PreTrainedConfig:
-        """The device's own model, whatever the MoE."""
-        return own
+    def trainings(self, own: PreTrainedConfig, target: PreTrainedConfig) -> tuple[Training, ...]:
+        """The device's own model; the MoE too, where the federation goes on with it."""
+        return (Training(own), *([self.continued.training_of(target)] if self.continued else []))
 
     def faults_with(self, devices: FleetOptions, data: DataOptions, target: TargetOptions) -> Iterator[str]:
         """See `Method.faults_with`."""
@@ -262,6 +279,8 @@ class DeepFusion:
             "tune.optimisation": self.tune.optimisation,
         }
         yield from precision_faults(parts)
+        if self.continued:
+            yield from self.continued.selection_faults(devices, target)
         family = families[target.model_type]
         size = devices.count + len(devices.named)
         vocabulary = data.tokenizer.vocab_size or None

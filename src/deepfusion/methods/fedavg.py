@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from deepfusion.devices.device import Device
 from deepfusion.methods import exchange, rounds
-from deepfusion.methods.base import Site, methods
+from deepfusion.methods.base import Site, Training, methods
 from deepfusion.moe.routing import balance_penalty
 from deepfusion.stages.proxy import MODEL
 from deepfusion.state_dicts import average, distinct_state, load_distinct
@@ -55,6 +55,6 @@ class FedAvg(rounds.Rounds):
 
         return rounds.run_round(site, call, number, moe, ask, fold, self.rounds, self.participation, self.balance)
 
-    def hosted(self, own: PreTrainedConfig, target: PreTrainedConfig) -> PreTrainedConfig:
+    def trainings(self, own: PreTrainedConfig, target: PreTrainedConfig) -> tuple[Training, ...]:
         """The whole MoE."""
-        return target
+        return (Training(target, self.participation),)

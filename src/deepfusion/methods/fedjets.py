@@ -27,7 +27,7 @@ from deepfusion.devices.fleet import FleetOptions
 from deepfusion.errors import ModelError, UploadError
 from deepfusion.federation.payload import check_embedding, read_file
 from deepfusion.methods import assembly, exchange, rounds
-from deepfusion.methods.base import Site, TargetOptions, methods, plugin
+from deepfusion.methods.base import Site, TargetOptions, Training, methods, plugin
 from deepfusion.methods.budget import Budget
 from deepfusion.moe import families
 from deepfusion.moe.base import ROUTER
@@ -92,9 +92,9 @@ class FedJets(rounds.Rounds):
         """All of the server's tokens in the last tuning; the same embeddings."""
         return replace(super().beside(budget), embed=budget.embed)
 
-    def hosted(self, own: PreTrainedConfig, target: PreTrainedConfig) -> PreTrainedConfig:
+    def trainings(self, own: PreTrainedConfig, target: PreTrainedConfig) -> tuple[Training, ...]:
         """The MoE with K_d experts."""
-        return with_experts(target, self.hosted_experts)
+        return (Training(with_experts(target, self.hosted_experts), self.participation),)
 
     # ------------------------------------------------------------------------------------------ on the server
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from deepfusion.data.options import DataOptions
 from deepfusion.devices.fleet import FleetOptions
-from deepfusion.methods.base import Site, TargetOptions, methods
+from deepfusion.methods.base import Site, TargetOptions, Training, methods
 from deepfusion.methods.rounds import Rounds
 from deepfusion.methods.selective import SelectiveRounds
 from deepfusion.types import Call
@@ -29,9 +29,9 @@ class HFedMoE(SelectiveRounds, Rounds):
         """Rounds from the common base; then the tuning on public text that every method ends with."""
         return self.finish(site, self.run(site, call, self.begin(site)))
 
-    def hosted(self, own: PreTrainedConfig, target: PreTrainedConfig) -> PreTrainedConfig:
+    def trainings(self, own: PreTrainedConfig, target: PreTrainedConfig) -> tuple[Training, ...]:
         """The whole MoE, or the part that a device holds."""
-        return self.trained_config(target)
+        return (self.training_of(target),)
 
     def faults_with(self, devices: FleetOptions, data: DataOptions, target: TargetOptions) -> Iterator[str]:
         """See `Method.faults_with`."""

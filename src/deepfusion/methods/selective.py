@@ -26,7 +26,7 @@ from deepfusion.errors import ModelError, UploadError
 from deepfusion.federation.payload import check_state, read_metadata
 from deepfusion.methods import exchange, rounds
 from deepfusion.methods.assembly import family_and_config
-from deepfusion.methods.base import Site, TargetOptions
+from deepfusion.methods.base import Site, TargetOptions, Training
 from deepfusion.methods.holding import Means, choose_hosted, fitting, held_of
 from deepfusion.moe import families
 from deepfusion.moe.base import ROUTER
@@ -87,12 +87,13 @@ class SelectiveRounds(rounds.RoundOptions):
             said = f"[devices.training] accumulate = {devices.training.accumulate}"
             yield f"{said}: experts are chosen for each batch; set it to 1 and raise batch_size"
 
-    def trained_config(self, target: PreTrainedConfig) -> PreTrainedConfig:
-        """The largest part of the MoE that a device is sure to hold: with a budget out of its memory, the smallest."""
+    def training_of(self, target: PreTrainedConfig) -> Training:
+        """A device's training of the MoE: of all experts, of the largest budget's, or of the fewest that memory must hold."""
         experts, top = families[str(target.model_type)].num_experts(target), int(target.num_experts_per_tok)
         if self.host == "full":
-            return target
-        return with_experts(target, top if self.budget == "memory" else held_of(max(self.shares), experts, top))
+            return Training(target, self.participation)
+        held = top if self.budget == "memory" else held_of(max(self.shares), experts, top)
+        return Training(with_experts(target, held), self.participation)
 
     # ------------------------------------------------------------------------------------------ on the server
 
@@ -111,7 +112,7 @@ class SelectiveRounds(rounds.RoundOptions):
         def ask(model: PreTrainedModel) -> dict[str, Payload]:
             pieces = apart(distinct_state(model))
             shapes.update({name: tensor.to("meta") for name, tensor in pieces.items()})
-            before = {path: apart(distinct_state(models.load(path))) for path in sent[-2:-1]}
+            before: dict[Path, State] = {}
             return {
                 card.id: self._request(site, number, card, means[card.id], model.config, pieces, sent, before)
                 for card in self.participants(site, number)
@@ -157,9 +158,9 @@ class SelectiveRounds(rounds.RoundOptions):
         place = {layer: set(experts) for layer, experts in zip(layers, hosted, strict=True)}
         wanted = {n: t for n, t in pieces.items() if (at := expert_of(n)) is None or at[1] in place[at[0]]}
         if self.host == "full" and last >= 0:
-            old = before.setdefault(
-                sent[last], before.get(sent[last]) or apart(distinct_state(models.load(sent[last])))
-            )
+            if sent[last] not in before:
+                before[sent[last]] = apart(distinct_state(models.load(sent[last])))
+            old = before[sent[last]]
             wanted = {n: t for n, t in wanted.items() if expert_of(n) is None or not torch.equal(t, old[n])}
         asked = rounds.request(wanted, with_experts(config, means.held), self.rounds)
         about = {"hosted": json.dumps(hosted), "budget": means.budget, "since": last if self.host == "full" else -1}
@@ -206,9 +207,9 @@ class SelectiveRounds(rounds.RoundOptions):
         load_distinct(model, put_back(distinct_state(model), {**new, **gates}))
         return {
             "gate_scale": scale,
+            "budgets": {device: found.budget for device, found in means.items()},
             "devices": {
                 device: {
-                    "budget": means[device].budget,
                     "coverage": float(coverage),
                     "routed": int(table["routed"]),
                     "trained": int((table["count"] > 0).sum()),
@@ -272,7 +273,7 @@ def _with_kept(device: Device, request: Payload) -> State:
         if path is not None and path.exists():
             with safe_open(path, framework="pt") as file:
                 found = int(file.metadata()["round"])
-        if path is None or found not in (since, request.round):
+        if path is None or not since <= found <= request.round:  # newer than counted on, when an answer got lost
             raise ModelError(
                 f"{device.id} has not kept the experts of round {since}; begin a new run folder, so that they are sent again"
             )

@@ -69,6 +69,7 @@ def _run(record: Record) -> dict[str, Any]:
         "domains": domains,
         "rows": rows,
         "charts": [(title, text, Markup(svg)) for title, text, svg in _charts(record, domains) if svg],
+        "rounds": _rounds(record),
         "devices": [_device(device) for device in record.devices],
         "config": json.dumps(record.config, indent=2),
     }
@@ -146,6 +147,22 @@ def _cost_charts(record: Record) -> list[tuple[str, str, str]]:
         found.append(("Bytes uploaded", "Counted where they cross from a device to the server.",
                       charts.horizontal_bars(sent, {d.id: size(d.upload_bytes) for d in record.devices})))  # fmt: skip
     return found
+
+
+def _rounds(record: Record) -> list[dict[str, Any]]:
+    """A row for each round: quality, who answered and, with HFedMoE, what was used of the MoE."""
+    rows: list[dict[str, Any]] = []
+    for number, told in enumerate(record.round_records):
+        score = record.rounds[number] if number < len(record.rounds) else None
+        failed = [
+            f"{b} experts: {asked - came} of {asked}" for b, (asked, came) in told.by_budget.items() if came < asked
+        ]
+        rows.append({
+            "number": number + 1, "perplexity": score and score.perplexity, "accuracy": score and score.token_accuracy,
+            "asked": told.asked, "failed": told.asked - told.answered, "failed_text": "; ".join(failed),
+            "scale": told.gate_scale, "routed": told.routed, "trained": told.trained, "uploaded": told.uploaded,
+        })  # fmt: skip
+    return rows
 
 
 def _device(device: Any) -> dict[str, Any]:
