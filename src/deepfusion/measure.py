@@ -202,7 +202,7 @@ def _budget(config: RunConfig, site: Site, devices: Sequence[DeviceRecord]) -> B
         for training in found[device.architecture]:
             mine = round(steps * training.share * rows(fleet.training) * length)
             each = 3 * memory.forward_flops_per_token(training.model)
-            read, flops = read + mine, flops + (mine + training.public_tokens) * each
+            read, flops = read + mine, flops + (mine + training.public_rows * length) * each
     work = config.method.server_work(shapes_of(config))
     return BudgetRecord(
         device_tokens=read,

@@ -24,6 +24,7 @@ SECTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     **{name: ({"warm_start": WARM}, ()) for name in DISTILLED},
     "centralised": ({"training": TRAINING}, ("cluster", "distillation")),
     "fedavg": ({"warm_start": WARM, "rounds": 2}, ("cluster", "distillation")),
+    "fedmkt": ({"warm_start": WARM, "rounds": 2, "sequences": 12}, ("cluster", "distillation")),
     "hfedmoe": ({"warm_start": WARM, "rounds": 2}, ("cluster", "distillation")),
     "fedjets": ({"warm_start": WARM, "rounds": 2}, ("cluster", "distillation")),
 }

@@ -6,6 +6,7 @@ from deepfusion.methods.centralised import Centralised
 from deepfusion.methods.deepfusion import DeepFusion, FedMktOneShot, OfaKd
 from deepfusion.methods.fedavg import FedAvg
 from deepfusion.methods.fedjets import FedJets
+from deepfusion.methods.fedmkt import FedMkt
 from deepfusion.methods.hfedmoe import HFedMoE
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "DeepFusion",
     "FedAvg",
     "FedJets",
+    "FedMkt",
     "FedMktOneShot",
     "HFedMoE",
     "Method",

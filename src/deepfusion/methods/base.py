@@ -151,12 +151,12 @@ class Training(NamedTuple):
     Attributes:
         model: what is trained.
         share: of the steps that reading the device's text takes, over all rounds; below 1 where devices sit rounds out.
-        public_tokens: what it reads of public text besides, for the FLOPs; the device's budget is of private text.
+        public_rows: sequences of public text that it reads besides, for the FLOPs; the device's budget is of private text.
     """
 
     model: PreTrainedConfig
     share: float = 1.0
-    public_tokens: int = 0
+    public_rows: int = 0
 
 
 class Method(Protocol):

@@ -118,6 +118,15 @@ def ask_everyone(
 
 def answer_with_model(device: Device, request: Payload, embed: Embedding) -> Payload:
     """On the device: start its own model as the request says, train it on its text, and answer with both."""
+    model = first_model(device, request)
+    told = train_here(device, model)
+    arrays = {MODEL + name: tensor.detach().cpu() for name, tensor in distinct_state(model).items()}
+    arrays[EMBEDDING] = describe_text(device, request, embed)
+    return Payload("model", arrays, {**told, "architecture": device.model.name})
+
+
+def first_model(device: Device, request: Payload) -> PreTrainedModel:
+    """On the device: its own model before any training, with the weights of the request or else from the request's seed."""
     model = models.build(
         device.model,
         vocab_size=int(request.metadata["vocab_size"]),
@@ -128,10 +137,7 @@ def answer_with_model(device: Device, request: Payload, embed: Embedding) -> Pay
     )
     if sent := with_prefix(request, MODEL):
         load_distinct(model, sent)
-    told = train_here(device, model)
-    arrays = {MODEL + name: tensor.detach().cpu() for name, tensor in distinct_state(model).items()}
-    arrays[EMBEDDING] = describe_text(device, request, embed)
-    return Payload("model", arrays, {**told, "architecture": device.model.name})
+    return model
 
 
 def describe_text(device: Device, request: Payload, embed: Embedding) -> torch.Tensor:

@@ -193,14 +193,14 @@ def train_part(device: Device, request: Payload, model: PreTrainedModel, penalty
 
 
 def answer(request: Payload, state: State, told: Told, tables: Mapping[str, torch.Tensor] | None = None) -> Payload:
-    """On the device: the trained tensors as an answer.
+    """On the device: the trained tensors as an answer, of the request's kind.
 
     Args:
         tables: what is sent beside the model's tensors.
     """
     arrays = {MODEL + name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     echoed = {name: request.metadata[name] for name in ("architecture", "init_id")}
-    return Payload("model", {**arrays, **(tables or {})}, {**told, **echoed}, round=request.round)
+    return Payload(request.what, {**arrays, **(tables or {})}, {**told, **echoed}, round=request.round)
 
 
 def answers(files: Mapping[str, Path]) -> Iterator[tuple[str, State, int]]:

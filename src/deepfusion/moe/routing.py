@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from deepfusion.losses import balance_loss
 from deepfusion.moe import families
 from deepfusion.moe.base import Family
+from deepfusion.types import Batch
 
 
 def routers(model: PreTrainedModel) -> list[nn.Module]:
@@ -78,6 +79,11 @@ def watch_routing(model: PreTrainedModel, valid_BT: torch.Tensor) -> Generator[R
     """Within it, one forward pass of a batch fills the lists of the routing."""
     with router_logits(model) as logits, router_inputs(model) as inputs, router_choices(model) as chosen:
         yield Routing(inputs, logits, chosen, valid_BT)
+
+
+def watching(model: PreTrainedModel, batch: Batch, penalty: Penalty | None) -> AbstractContextManager[Routing | None]:
+    """`watch_routing` where there is a penalty that asks for it."""
+    return watch_routing(model, batch.valid_BT) if penalty else nullcontext()
 
 
 def balance_penalty(model: PreTrainedModel, weight: float) -> Penalty:

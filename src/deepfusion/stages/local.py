@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from deepfusion.data.packing import PackedText
 from deepfusion.devices.features import forward
 from deepfusion.fused import Scores
 from deepfusion.losses import next_token_losses
-from deepfusion.moe.routing import Penalty, watch_routing
+from deepfusion.moe.routing import Penalty, watching
 from deepfusion.training import Checkpoint, Optimisation, accelerator, fit
 from deepfusion.types import Batch, Progress, silent
 
@@ -56,7 +55,7 @@ def train_causal_lm(
     micro = optimisation.batch_size
 
     def loss_of(batch: Batch) -> torch.Tensor:
-        with watch_routing(model, batch.valid_BT) if penalty else nullcontext() as routing, compute.autocast():
+        with watching(model, batch, penalty) as routing, compute.autocast():
             logits_BTV = forward(model, batch).logits_BTV
         loss, _ = next_token_losses(Scores(logits_BTV), [], batch, temperature=1.0)
         return loss + penalty(routing) if penalty and routing else loss

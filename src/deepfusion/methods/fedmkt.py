@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FedMKT (arXiv 2406.02224): devices and server teach each other by their predictions of the same public text.
+
+A round begins with the server's predictions where the paper's ends with them; the first are those of the warm-started MoE. Each
+round has public text of its own, which is sent along.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from deepfusion.artifacts import key_of
+from deepfusion.data.packing import PackedText
+from deepfusion.devices import models
+from deepfusion.devices.device import Device
+from deepfusion.devices.memory import forward_flops_per_token
+from deepfusion.errors import ModelError, UploadError
+from deepfusion.federation.payload import check_state, read_file
+from deepfusion.methods import exchange, rounds
+from deepfusion.methods.base import Site, Training, methods
+from deepfusion.methods.budget import Budget, Shapes, Work
+from deepfusion.methods.budget import rows as rows_of
+from deepfusion.moe.routing import balance_penalty
+from deepfusion.stages.mutual import Predictions, best_of, index_type, learn, predict
+from deepfusion.training import derive_seed
+from deepfusion.types import Batch, Call, Payload
+
+TEXT = ("input_ids", "counted", "valid")
+"""The round's public text in a request; after it the server's predictions."""
+NAMES = ("value", "index", "loss")
+FORWARD = 1 / 3
+"""What a forward pass costs of a training step."""
+
+
+@methods.register("fedmkt")
+@dataclass(frozen=True, kw_only=True)
+class FedMkt(rounds.Rounds):
+    """Devices train their own models; device and server learn, row by row, from whichever predicts public text best.
+
+    Attributes:
+        sequences: of public text a round, whose predictions are exchanged.
+        kept: Kt, logits of a position that are sent.
+        mixture: lambda, the weight of cross-entropy; the rest is the predictions'.
+        temperature: tau of the predictions.
+    """
+
+    stages: ClassVar[tuple[str, ...]] = ("data", "initial", "start/trained", "start/merged", "rounds", "moe")
+
+    sequences: int = 256
+    kept: int = 128
+    mixture: float = 0.9
+    temperature: float = 1.0
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with the values, and the cure."""
+        yield from super().faults()
+        for name in ("sequences", "kept"):
+            if getattr(self, name) < 1:
+                yield f"{name} = {getattr(self, name)}: nothing would be exchanged; choose at least 1"
+        if not 0 <= self.mixture <= 1:
+            yield f"mixture = {self.mixture}: not between 0 (predictions alone) and 1 (cross-entropy alone); 0.9 is published"
+        if not 0 < self.temperature < float("inf"):
+            yield f"temperature = {self.temperature}: must be finite and above 0; 1 leaves the logits as they are"
+
+    @classmethod
+    def beside(cls, budget: Budget) -> Self:
+        """The server's tokens in the rounds, what is left of them in the last tuning."""
+        fair = super().beside(budget)
+        left = fair.tune.steps - fair.exchanged_steps()
+        return replace(fair, tune=replace(fair.tune, steps=max(1, left)))
+
+    def exchanged_steps(self) -> int:
+        """Steps of tuning that read as many tokens as the rounds."""
+        return round(self.rounds * self.sequences / rows_of(self.tune.optimisation))
+
+    def trainings(self, own: PreTrainedConfig, target: PreTrainedConfig) -> tuple[Training, ...]:
+        """The device's own model; it learns from each round's public text once, and predicts it twice."""
+        read = self.rounds * self.participation * self.sequences * (1 + 2 * FORWARD)
+        return (Training(own, self.participation, round(read)),)
+
+    def server_work(self, shapes: Shapes) -> tuple[Work, ...]:
+        """The rounds' text, learnt once and predicted once, and the last tuning."""
+        each = round((3 + 3 * FORWARD) * forward_flops_per_token(shapes.target))
+        return (Work(self.rounds * self.sequences * shapes.length, each), *super().server_work(shapes))
+
+    # ------------------------------------------------------------------------------------------ on the server
+
+    def server(self, site: Site, call: Call) -> Path:
+        """Send first weights once, then rounds of predictions both ways; then the tuning that every method ends with."""
+        self._start_devices(site, call)
+        moe = self.begin(site)
+        for number in range(self.rounds):
+            moe = self._round(site, call, number, moe)
+        site.reached("rounds")
+        return self.finish(site, moe)
+
+    def reference(self, site: Site) -> Path:
+        """The same from public text alone: no predictions of devices, as many tokens."""
+        tune = replace(self.tune, steps=self.tune.steps + self.exchanged_steps())
+        return rounds.Rounds.reference(replace(self, tune=tune), site)
+
+    def _start_devices(self, site: Site, call: Call) -> None:
+        initials = exchange.initial_models(site, self.warm_start)
+        requests = exchange.ask_everyone(site, initials, {}, send_weights=self.warm_start.steps > 0)
+        key = key_of("own", site.seed, site.fleet, self.warm_start, site.data_key, site.sequence_length)
+        exchange.spool_answers(site, call, requests, lambda _device, _answer: None, key, "uploads/ready")
+
+    def _round(self, site: Site, call: Call, number: int, moe: Path) -> Path:
+        public = PackedText(site.data.public, site.sequence_length, derive_seed(site.seed, "exchange"))
+        text = public.batch(number, self.sequences)
+        own: list[Predictions] = []
+
+        def ask(model: PreTrainedModel) -> dict[str, Payload]:
+            own.append(predict(model, text, self.kept))
+            ids = text.input_ids_BT.to(index_type(int(model.config.vocab_size)))
+            arrays = dict(zip(TEXT, (ids, text.counted_BT, text.valid_BT), strict=True)) | _arrays(own[0])
+            sent = Payload("logits", arrays, {"parts": self.rounds})
+            return {card.id: sent for card in self.participants(site, number)}
+
+        def fold(model: PreTrainedModel, files: Mapping[str, Path]) -> dict[str, Any]:
+            losses = {device: float(_read(path).loss_S.mean()) for device, path in files.items()}
+            teacher = best_of(_sources(own[0], files))
+            learn(
+                model, text, teacher, mixture=self.mixture, temperature=self.temperature,
+                optimisation=self.tune.optimisation, seed=derive_seed(site.seed, "learn", number), label="learn",
+                penalty=balance_penalty(model, self.balance) if self.balance else None, progress=site.progress,
+            )  # fmt: skip
+            ahead = float((teacher.loss_S < own[0].loss_S).float().mean())
+            return {"losses": losses, "rows_of_devices": ahead}
+
+        vocabulary = site.data.vocab_size
+        return rounds.run_round(site, call, number, moe, ask, fold, self, admit=partial(_admit, vocabulary))
+
+    # ------------------------------------------------------------------------------------------ on a device
+
+    def client(self, device: Device, request: Payload) -> Payload:
+        """Keep the first weights; or learn from the server's predictions, then from the device's text, and predict."""
+        if request.what != "logits":
+            model = exchange.first_model(device, request)
+            _keep(device, model, 0)
+            return Payload("ready", {}, {"device": device.id})
+        model, text, server = _own_model(device, request.round), _text(request), _predictions(request)
+        seed = derive_seed(device.seed, "learn", request.round)
+        learn(
+            model, text, best_of((predict(model, text, self.kept), server)), mixture=self.mixture,
+            temperature=self.temperature, optimisation=device.training, seed=seed, label=device.id,
+        )  # fmt: skip
+        told = rounds.train_part(replace(device, scratch=None), request, model, None)
+        found = predict(model, text, self.kept)
+        _keep(device, model, request.round + 1)
+        return rounds.answer(request, {}, told, _arrays(found))
+
+
+def _arrays(found: Predictions) -> dict[str, torch.Tensor]:
+    return dict(zip(NAMES, found, strict=True))
+
+
+def _predictions(payload: Payload) -> Predictions:
+    return Predictions(*(payload.arrays[name] for name in NAMES))
+
+
+def _text(request: Payload) -> Batch:
+    ids, counted, valid = (request.arrays[name] for name in TEXT)
+    wide = ids.long()
+    return Batch(wide & 0xFFFF if ids.dtype is torch.int16 else wide, counted, valid)
+
+
+def _read(path: Path) -> Predictions:
+    return _predictions(read_file(path, source=str(path)))
+
+
+def _sources(own: Predictions, files: Mapping[str, Path]) -> Iterator[Predictions]:
+    yield own
+    for path in files.values():
+        yield _read(path)
+
+
+def _admit(vocabulary: int, device_id: str, payload: Payload, request: Payload) -> None:
+    """Refuse predictions of another shape, of tokens that are not, or with an impossible loss."""
+    due = {name: request.arrays[name] for name in NAMES}
+    check_state(payload.arrays, due, device_id)
+    found = _predictions(payload)
+    token_STK = found.tokens(torch.arange(len(found.loss_S)))
+    for token in (int(token_STK.min()), int(token_STK.max())):
+        if not 0 <= token < vocabulary:
+            said = f"device {device_id}: it predicts token {token}, the vocabulary has {vocabulary}"
+            raise UploadError(f"{said}; use the run's tokenizer")
+    if bool((found.loss_S < 0).any()):
+        raise UploadError(f"device {device_id}: it says that a row's loss is below 0; send mean cross-entropies")
+
+
+def _keep(device: Device, model: PreTrainedModel, number: int) -> None:
+    """Keep the device's model as it is after `number` rounds, and the one before, should the answer get lost."""
+    if device.scratch is None:
+        raise ModelError("a device of FedMKT keeps its model between rounds; give it a folder of its own")
+    shutil.rmtree(device.scratch / "partial", ignore_errors=True)
+    models.save(model, device.scratch / "partial", device.tokenizer)
+    final = device.scratch / f"own-{number}"
+    shutil.rmtree(final, ignore_errors=True)
+    (device.scratch / "partial").rename(final)
+    for old in _kept(device, number)[:-2]:
+        shutil.rmtree(old)
+
+
+def _kept(device: Device, number: int) -> list[Path]:
+    """The device's models as they were after at most `number` rounds, oldest first."""
+    found = device.scratch.glob("own-*") if device.scratch else ()
+    numbers = {path: int(path.name.removeprefix("own-")) for path in found}
+    return sorted((path for path in numbers if numbers[path] <= number), key=lambda path: numbers[path])
+
+
+def _own_model(device: Device, number: int) -> PreTrainedModel:
+    """The device's model as it was before round `number`."""
+    if not (kept := _kept(device, number)):
+        raise ModelError(f"{device.id} has not kept its model; begin a new run folder, so that it starts again")
+    return models.load(kept[-1])
