@@ -16,6 +16,7 @@ from deepfusion.errors import ConfigError
 from deepfusion.methods import Centralised, FedAvg, OfaKd, methods
 from deepfusion.record import Record
 from deepfusion.report.comparison import Comparison, Gap
+from deepfusion.run import shapes_of
 from small_world import small_tree, write_text
 
 WARM = {"steps": 2, "training": {"batch_size": 4, "learning_rate": 3e-3}}
@@ -42,9 +43,13 @@ def compared(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tup
 
 
 def test_every_rival_reads_as_many_public_tokens_on_the_server(config: RunConfig) -> None:
+    shapes = shapes_of(config)
+    due = sum(work.tokens for work in config.method.server_work(shapes))
     for name in set(methods) - {"deepfusion"}:
         settings = beside(config, name, 3)
         assert (settings.seed, settings.target, settings.data) == (3, config.target, config.data)
+        read = sum(work.tokens for work in settings.method.server_work(shapes))
+        assert abs(read - due) <= 4 * 32, f"{name}: within a batch of four rows"
     alone = beside(config, "fedavg", 0).method
     assert isinstance(alone, FedAvg)
     assert alone.tune.steps == (6 * 4 * 3 + 4 * 4) // 4, "distillation of three domains and tuning"

@@ -72,10 +72,11 @@ class FedMkt(rounds.Rounds):
 
     @classmethod
     def beside(cls, budget: Budget) -> Self:
-        """The server's tokens in the rounds, what is left of them in the last tuning."""
+        """At most half of the server's tokens in the rounds, the others in the last tuning."""
         fair = super().beside(budget)
-        left = fair.tune.steps - fair.exchanged_steps()
-        return replace(fair, tune=replace(fair.tune, steps=max(1, left)))
+        all_rows = fair.tune.steps * rows_of(fair.tune.optimisation)
+        fair = replace(fair, sequences=max(1, min(fair.sequences, all_rows // (2 * fair.rounds))))
+        return replace(fair, tune=replace(fair.tune, steps=fair.tune.steps - fair.exchanged_steps()))
 
     def exchanged_steps(self) -> int:
         """Steps of tuning that read as many tokens as the rounds."""
