@@ -5,21 +5,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rich.table import Table
 
 from deepfusion.config import RunConfig
-from deepfusion.devices import memory, models
+from deepfusion.devices import memory
 from deepfusion.devices.fleet import cards
-from deepfusion.errors import ConfigError
 from deepfusion.methods import DeepFusion, methods
+from deepfusion.methods.budget import Shapes
 from deepfusion.moe import families
-from deepfusion.run import shapes_of
-from deepfusion.stages.embed import HashedTfidf
-
-HEADER_BYTES = 1024
-"""About what names and shapes of one message take."""
+from deepfusion.run import hosted_configs, own_configs, shapes_of
 
 
 @dataclass(frozen=True)
@@ -27,9 +24,11 @@ class ArchitecturePlan:
     """The devices of one architecture.
 
     Attributes:
-        memory_bytes: of one device's training.
+        parameters: of the largest model that such a device trains.
+        memory_bytes: of that training.
         limit_bytes: the fleet's memory limit, None without one.
         advice: what would fit, where it does not.
+        upload_bytes, download_bytes: of one device in the whole run, at most; None where it sends its text.
     """
 
     name: str
@@ -38,8 +37,8 @@ class ArchitecturePlan:
     memory_bytes: int
     limit_bytes: int | None
     advice: str
-    upload_bytes: int
-    init_bytes: int
+    upload_bytes: int | None
+    download_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -47,18 +46,19 @@ class Plan:
     """Predicted costs of a run; bytes are of the whole fleet unless said otherwise.
 
     Attributes:
-        target_parameters: of the fused MoE; `target_active_parameters` of them work on a token.
-        server_flops: of phases II and III together.
-        server_memory_bytes: of the students' training: one copy with the joint recipe, K with several machines.
-        disk_bytes: uploads, proxies, students, merged and tuned model.
+        domains: that DeepFusion and its kin distil apart; None in other methods.
+        target_parameters: of the MoE that comes out; `target_active_parameters` of them work on a token.
+        server_flops: of all the server's trainings on public text.
+        server_memory_bytes: of the largest: DeepFusion's students (one copy with the joint recipe), else the MoE.
+        disk_bytes: what the run folder will hold, at most.
     """
 
     name: str
     method: str
     architectures: tuple[ArchitecturePlan, ...]
-    domains: int
-    upload_bytes: int
-    download_bytes: int
+    domains: int | None
+    upload_bytes: int | None
+    download_bytes: int | None
     target_parameters: int
     target_active_parameters: int
     student_parameters: int
@@ -75,63 +75,64 @@ def make_plan(config: RunConfig) -> Plan:
     """Price a configuration. Models are built without their numbers; no weights and no text are read.
 
     Raises:
-        ConfigError: the method cannot be priced yet.
         ModelError: an architecture's configuration is not known without network.
     """
-    method = _method(config)
-    length = config.data.sequence_length
+    method, shapes = config.method, shapes_of(config)
     fleet = Counter(card.model.name for card in cards(config.devices, config.seed))
-    published = 2 * 2 * 2**method.embed.hash_bits if isinstance(method.embed, HashedTfidf) else 0
-    rows = tuple(_architecture(config, spec.name, fleet[spec.name], published) for spec in config.devices.models)
-
-    family, shapes = families[config.target.model_type], shapes_of(config)
-    target, domains = shapes.target, shapes.domains
-    student = family.student_config(target, slices=method.merge.slices(domains, family.num_experts(target)))
-    parameters, student_parameters = memory.num_parameters(target), memory.num_parameters(student)
-    uploads = sum(row.devices * row.upload_bytes for row in rows)
+    rows = tuple(_architecture(config, spec.name, fleet[spec.name], shapes) for spec in config.devices.models)
+    family, target = families[config.target.model_type], shapes.target
+    parameters, domains, student = memory.num_parameters(target), None, shapes.student
+    if isinstance(method, DeepFusion):
+        domains = shapes.domains
+        student = family.student_config(target, slices=method.merge.slices(domains, family.num_experts(target)))
+        need = memory.training_memory(student, method.distillation.optimisation, shapes.length).total
+        need += (
+            (domains - 1) * 16 * (parameters - memory.num_parameters(student)) // max(1, family.num_experts(target) - 1)
+        )
+    else:
+        need = memory.training_memory(target, method.tune.optimisation, shapes.length).total
+    uploads = _sum(row.upload_bytes and row.devices * row.upload_bytes for row in rows)
+    kept = 4 * ((domains or 0) * memory.num_parameters(student) + (3 + getattr(method, "rounds", 0)) * parameters)
     return Plan(
         name=config.name,
         method=methods.name_of(type(method)),
         architectures=rows,
         domains=domains,
         upload_bytes=uploads,
-        download_bytes=sum(row.devices * row.init_bytes for row in rows),
+        download_bytes=_sum(row.download_bytes and row.devices * row.download_bytes for row in rows),
         target_parameters=parameters,
         target_active_parameters=memory.num_active_parameters(target),
-        student_parameters=student_parameters,
+        student_parameters=memory.num_parameters(student),
         server_flops=sum(work.tokens * work.flops_per_token for work in method.server_work(shapes)),
-        server_memory_bytes=memory.training_memory(student, method.distillation.optimisation, length).total
-        + (domains - 1) * 16 * (parameters - student_parameters) // max(1, family.num_experts(target) - 1),
-        disk_bytes=2 * uploads + 4 * (domains * student_parameters + 2 * parameters),
+        server_memory_bytes=need,
+        disk_bytes=2 * (uploads or 0) + kept,
     )
 
 
-def _method(config: RunConfig) -> DeepFusion:
-    if not isinstance(config.method, DeepFusion):
-        name = methods.name_of(type(config.method))
-        raise ConfigError([f'method = "{name}": only "deepfusion" can be priced so far; run it on little text instead'])
-    return config.method
+def _sum(parts: Iterable[int | None]) -> int | None:
+    """None where a part is not known."""
+    found = list(parts)
+    return None if None in found else sum(part or 0 for part in found)
 
 
-def _architecture(config: RunConfig, name: str, count: int, published: int) -> ArchitecturePlan:
-    spec = next(spec for spec in config.devices.models if spec.name == name)
-    length, vocabulary = config.data.sequence_length, config.data.tokenizer.vocab_size
-    shape = models.config_of(spec, vocab_size=vocabulary, positions=length)
-    need = memory.training_memory(shape, config.devices.training, length).total
+def _architecture(config: RunConfig, name: str, count: int, shapes: Shapes) -> ArchitecturePlan:
+    own, length = own_configs(config), config.data.sequence_length
+    shape, traffic = hosted_configs(config)[name], config.method.traffic(own[name], shapes)
     limit = None if config.devices.memory_limit_gib is None else int(config.devices.memory_limit_gib * 2**30)
-    too_much = limit is not None and need > limit
-    others = [(s.name, models.config_of(s, vocab_size=vocabulary, positions=length)) for s in config.devices.models]
-    method = _method(config)
-    sent = memory.upload_bytes(shape)
+    need = memory.training_memory(shape, config.devices.training, length).total if shape else 0
+    advice = ""
+    if shape and limit is not None and need > limit:
+        others = list(own.items()) if shape == own[name] else []
+        advice = memory.what_would_fit(shape, config.devices.training, length, limit, others)
     return ArchitecturePlan(
         name=name,
         devices=count,
-        parameters=memory.num_parameters(shape),
+        parameters=memory.num_parameters(shape) if shape else 0,
         memory_bytes=need,
         limit_bytes=limit,
-        advice=memory.what_would_fit(shape, config.devices.training, length, limit or 0, others) if too_much else "",
-        upload_bytes=sent + 2 * method.embed.dimension + HEADER_BYTES,
-        init_bytes=published + HEADER_BYTES + (sent if method.warm_start.steps else 0),
+        advice=advice,
+        upload_bytes=traffic.up if traffic else None,
+        download_bytes=traffic.down if traffic else None,
     )
 
 
@@ -144,24 +145,29 @@ def plan_tables(plan: Plan) -> list[Table]:
         limit = memory.gib(row.limit_bytes) if row.limit_bytes else "none"
         need = f"[red]{memory.gib(row.memory_bytes)}[/red]" if row.advice else memory.gib(row.memory_bytes)
         devices.add_row(
-            row.name, str(row.devices), f"{row.parameters / 1e6:,.2f} M", need, limit, memory.gib(row.upload_bytes),
-            memory.gib(row.init_bytes),
+            row.name, str(row.devices), f"{row.parameters / 1e6:,.2f} M", need, limit, _bytes(row.upload_bytes),
+            _bytes(row.download_bytes),
         )  # fmt: skip
         if row.advice:
             devices.caption = f"{row.name} does not fit: {row.advice}"
     server = Table(title="server", title_justify="left", show_header=False)
     for name, value in (
-        ("domains", str(plan.domains)),
+        ("method", plan.method),
+        *([("domains", str(plan.domains))] if plan.domains else []),
         (
-            "fused MoE",
+            "MoE",
             f"{plan.target_parameters / 1e6:,.1f} M parameters, {plan.target_active_parameters / 1e6:,.1f} M a token",
         ),
-        ("student", f"{plan.student_parameters / 1e6:,.1f} M parameters"),
-        ("all uploads", memory.gib(plan.upload_bytes)),
-        ("all downloads", memory.gib(plan.download_bytes)),
-        ("phases II and III", f"{plan.server_flops:.2e} FLOPs"),
-        ("memory of distillation", memory.gib(plan.server_memory_bytes)),
+        ("base of one expert", f"{plan.student_parameters / 1e6:,.1f} M parameters"),
+        ("all uploads", _bytes(plan.upload_bytes)),
+        ("all downloads", _bytes(plan.download_bytes)),
+        ("trainings on public text", f"{plan.server_flops:.2e} FLOPs"),
+        ("memory of the largest", memory.gib(plan.server_memory_bytes)),
         ("disk", memory.gib(plan.disk_bytes)),
     ):
         server.add_row(name, value)
     return [devices, server]
+
+
+def _bytes(count: int | None) -> str:
+    return "its text" if count is None else memory.gib(count)

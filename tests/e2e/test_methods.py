@@ -11,10 +11,12 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from deepfusion.app import launch
-from deepfusion.config import parse_config
+from deepfusion.config import load_config, parse_config
 from deepfusion.devices.memory import num_parameters
 from deepfusion.methods import methods
+from deepfusion.plan import make_plan
 from deepfusion.record import Record
+from deepfusion.run import CONFIG
 from small_world import small_tree, write_text
 
 WARM = {"steps": 2, "training": {"batch_size": 4, "learning_rate": 3e-3}}
@@ -57,6 +59,22 @@ def test_all_end_with_the_same_kind_of_model_and_are_scored_on_the_same_text(
     assert len({record.metrics.tokens for _, record in records.values()}) == 1
     assert {record.method for _, record in records.values()} == set(methods)
     assert all(record.baselines.public_only is not None for _, record in records.values())
+
+
+def test_the_plan_foretells_the_bytes(records: dict[str, tuple[Path, Record]]) -> None:
+    """At this size names and shapes are a tenth of a message; HFedMoE sends fewer experts than it might."""
+    for name, (folder, record) in records.items():
+        plan = make_plan(load_config(folder / CONFIG))
+        assert plan.method == name
+        up, down = record.ledger.upload_bytes, record.ledger.total_bytes - record.ledger.upload_bytes
+        if plan.upload_bytes is None or plan.download_bytes is None:
+            assert name == "centralised"
+            continue
+        low = 0.3 if name == "hfedmoe" else 0.85
+        assert low * plan.upload_bytes < up < 1.15 * plan.upload_bytes, name
+        assert low * plan.download_bytes < down < 1.15 * plan.download_bytes, name
+        assert plan.server_flops > 0
+        assert plan.server_memory_bytes > 0
 
 
 def test_methods_that_upload_models_once_cost_the_same_bytes(records: dict[str, tuple[Path, Record]]) -> None:

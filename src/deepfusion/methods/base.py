@@ -22,11 +22,12 @@ from deepfusion.errors import ModelError
 from deepfusion.moe import families
 from deepfusion.moe.upcycle import family_name, target_values
 from deepfusion.registry import Registry, did_you_mean
+from deepfusion.stages.tune import TuneOptions
 from deepfusion.training import Optimisation, mixed_precision
 from deepfusion.types import Call, Payload, Progress
 
 if TYPE_CHECKING:  # it stands on this file
-    from deepfusion.methods.budget import Shapes, Work
+    from deepfusion.methods.budget import Shapes, Traffic, Work
 
 
 class StageReached(Exception):  # noqa: N818 (not an error: the user asked to stop here)
@@ -165,6 +166,11 @@ class Method(Protocol):
     stages: ClassVar[tuple[str, ...]]
     """Names of its stages in order: what `--until` accepts."""
 
+    @property
+    def tune(self) -> TuneOptions:
+        """[tune]: the last training of the MoE on the server, which every method ends with."""
+        ...
+
     def client(self, device: Device, request: Payload) -> Payload:
         """What one device does with one request. Runs where the device's text is."""
         ...
@@ -179,6 +185,10 @@ class Method(Protocol):
 
     def trainings(self, own: PreTrainedConfig, target: PreTrainedConfig) -> tuple[Training, ...]:
         """What a device of architecture `own` trains, where `target` is the run's MoE; nothing in some methods."""
+        ...
+
+    def traffic(self, own: PreTrainedConfig, shapes: Shapes) -> Traffic | None:
+        """What a device of architecture `own` receives and sends; None where that is its text, which nobody has read yet."""
         ...
 
     def server_work(self, shapes: Shapes) -> tuple[Work, ...]:

@@ -15,6 +15,9 @@ from deepfusion.stages.embed import Embedding
 from deepfusion.stages.tune import TuneOptions
 from deepfusion.training import Optimisation
 
+HEADER_BYTES = 1024
+"""About what names and shapes of one message take."""
+
 
 class Shapes(NamedTuple):
     """The models and sizes that costs depend on.
@@ -32,6 +35,18 @@ class Shapes(NamedTuple):
     own: tuple[PreTrainedConfig, ...]
     student: PreTrainedConfig
     target: PreTrainedConfig
+
+
+class Traffic(NamedTuple):
+    """Bytes that one device receives and sends in the whole run, at most."""
+
+    down: int
+    up: int
+
+
+def message(parameters: float, more: float = 0) -> int:
+    """Bytes of a message with so many float32 numbers, and `more` bytes of other tensors."""
+    return round(4 * parameters + more) + HEADER_BYTES
 
 
 class Work(NamedTuple):

@@ -100,6 +100,9 @@ class Centralised:
         """Devices train nothing."""
         return ()
 
+    def traffic(self, own: PreTrainedConfig, shapes: Shapes) -> None:
+        """The device's text."""
+
     def server_work(self, shapes: Shapes) -> tuple[Work, ...]:
         """The base's training and the MoE's."""
         first, last = self.training, self.tune

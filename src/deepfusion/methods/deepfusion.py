@@ -22,15 +22,15 @@ from deepfusion.data.options import DataOptions
 from deepfusion.data.packing import PackedText, document_batches
 from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import FleetOptions
-from deepfusion.devices.memory import forward_flops_per_token
+from deepfusion.devices.memory import forward_flops_per_token, num_parameters
 from deepfusion.errors import ModelError
 from deepfusion.methods import assembly, exchange, reading, rounds
 from deepfusion.methods.base import Site, TargetOptions, Training, methods, plugin, precision_faults
-from deepfusion.methods.budget import Budget, Shapes, Work, rows
+from deepfusion.methods.budget import Budget, Shapes, Traffic, Work, message, rows
 from deepfusion.methods.selective import SelectiveRounds, continuations
 from deepfusion.moe import families
 from deepfusion.stages import generate, merge, proxy, router, tune
-from deepfusion.stages.cluster import Clustering, clusterings, similarity
+from deepfusion.stages.cluster import Clustering, clusterings, describe
 from deepfusion.stages.distill import DistillOptions, Rule, distill, rules
 from deepfusion.stages.embed import Embedding, ServerProbe, embeddings
 from deepfusion.training import derive_seed
@@ -117,13 +117,7 @@ class DeepFusion:
             seed=derive_seed(site.seed, "cluster"),
             note=site.note,
         )
-        table = {
-            "members": [clusters.members(k) for k in range(clusters.num_clusters)],
-            "device_ids": clusters.device_ids,
-            "similarity": np.round(similarity(embedding_ND), 4).tolist(),
-            "embedding": np.round(embedding_ND.astype(float), 5).tolist(),
-        }
-        write_atomic(site.folder / "clusters.json", json.dumps(table))
+        write_atomic(site.folder / "clusters.json", json.dumps(describe(clusters, embedding_ND)))
         site.reached("clusters")
         return clusters
 
@@ -266,6 +260,14 @@ class DeepFusion:
         wide = replace(optimisation, batch_size=optimisation.batch_size * domains)
         training = assembly.TextTraining(steps=self.distillation.steps, optimisation=wide)
         return Budget(self.embed, self.warm_start, training, self.tune)
+
+    def traffic(self, own: PreTrainedConfig, shapes: Shapes) -> Traffic:
+        """The model up once with its embedding, after a warm start also down; with `[continue]` the rounds' MoE besides."""
+        parameters = num_parameters(own)
+        down = message(parameters if self.warm_start.steps else 0, exchange.published_bytes(self.embed))
+        up = message(parameters, 2 * self.embed.dimension)
+        more = self.continued.traffic_of(shapes.target) if self.continued else Traffic(0, 0)
+        return Traffic(down + more.down, up + more.up)
 
     def trainings(self, own: PreTrainedConfig, target: PreTrainedConfig) -> tuple[Training, ...]:
         """The device's own model; the MoE too, where the federation goes on with it."""

@@ -25,7 +25,7 @@ from deepfusion.federation.payload import check_embedding, check_metadata, check
 from deepfusion.federation.spool import Check, Spool, collect
 from deepfusion.methods.base import Site
 from deepfusion.stages import evaluate
-from deepfusion.stages.embed import Embedding, ServerProbe
+from deepfusion.stages.embed import Embedding, HashedTfidf, ServerProbe
 from deepfusion.stages.local import Penalty, steps_for, train_causal_lm
 from deepfusion.stages.proxy import MODEL, load_upload
 from deepfusion.state_dicts import distinct_state, load_distinct
@@ -95,6 +95,11 @@ def initial_models(site: Site, warm_start: WarmStart) -> dict[str, Path]:
     write_atomic(site.folder / "initial.json", json.dumps({name: str(path) for name, path in folders.items()}))
     site.reached("initial")
     return folders
+
+
+def published_bytes(embed: Embedding) -> int:
+    """About what the server publishes for the embeddings, to each device."""
+    return 2 * 2 * 2**embed.hash_bits if isinstance(embed, HashedTfidf) else 0
 
 
 def ask_everyone(

@@ -11,8 +11,10 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from deepfusion.devices.device import Device
+from deepfusion.devices.memory import num_parameters
 from deepfusion.methods import exchange, rounds
 from deepfusion.methods.base import Site, Training, methods
+from deepfusion.methods.budget import Shapes, Traffic, message
 from deepfusion.moe.routing import balance_penalty
 from deepfusion.stages.proxy import MODEL
 from deepfusion.state_dicts import average, distinct_state, load_distinct
@@ -54,6 +56,11 @@ class FedAvg(rounds.Rounds):
             return {}
 
         return rounds.run_round(site, call, number, moe, ask, fold, self.rounds, self.participation, self.balance)
+
+    def traffic(self, own: PreTrainedConfig, shapes: Shapes) -> Traffic:
+        """The whole MoE both ways, each round."""
+        each = self.times(message(num_parameters(shapes.target)))
+        return Traffic(each, each)
 
     def trainings(self, own: PreTrainedConfig, target: PreTrainedConfig) -> tuple[Training, ...]:
         """The whole MoE."""

@@ -24,11 +24,12 @@ from deepfusion.data.packing import PackedText
 from deepfusion.devices import models
 from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import FleetOptions
+from deepfusion.devices.memory import num_parameters
 from deepfusion.errors import ModelError, UploadError
 from deepfusion.federation.payload import check_embedding, read_file
 from deepfusion.methods import assembly, exchange, rounds
 from deepfusion.methods.base import Site, TargetOptions, Training, methods, plugin
-from deepfusion.methods.budget import Budget
+from deepfusion.methods.budget import Budget, Shapes, Traffic, message
 from deepfusion.moe import families
 from deepfusion.moe.base import ROUTER
 from deepfusion.moe.hosting import part, pieces, put_back, with_experts
@@ -91,6 +92,17 @@ class FedJets(rounds.Rounds):
     def beside(cls, budget: Budget) -> Self:
         """All of the server's tokens in the last tuning; the same embeddings."""
         return replace(super().beside(budget), embed=budget.embed)
+
+    def traffic(self, own: PreTrainedConfig, shapes: Shapes) -> Traffic:
+        """The common expert and an embedding once; each round the gate, preferences, and what is hosted both ways."""
+        family, target = families[str(shapes.target.model_type)], shapes.target
+        experts, width = family.num_experts(target), int(target.hidden_size) * len(family.moe_layers(target))
+        hosted = num_parameters(with_experts(target, self.hosted_experts)) + (experts - self.hosted_experts) * width
+        once = message(num_parameters(shapes.student), exchange.published_bytes(self.embed))
+        return Traffic(
+            once + self.times(message(experts * width) + message(hosted)),
+            message(0, 2 * self.embed.dimension) + self.times(message(experts) + message(hosted)),
+        )
 
     def trainings(self, own: PreTrainedConfig, target: PreTrainedConfig) -> tuple[Training, ...]:
         """The MoE with K_d experts."""

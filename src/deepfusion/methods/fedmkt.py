@@ -21,12 +21,12 @@ from deepfusion.artifacts import key_of
 from deepfusion.data.packing import PackedText
 from deepfusion.devices import models
 from deepfusion.devices.device import Device
-from deepfusion.devices.memory import forward_flops_per_token
+from deepfusion.devices.memory import forward_flops_per_token, num_parameters
 from deepfusion.errors import ModelError, UploadError
 from deepfusion.federation.payload import check_state, read_file
 from deepfusion.methods import exchange, rounds
 from deepfusion.methods.base import Site, Training, methods
-from deepfusion.methods.budget import Budget, Shapes, Work
+from deepfusion.methods.budget import Budget, Shapes, Traffic, Work, message
 from deepfusion.methods.budget import rows as rows_of
 from deepfusion.moe.routing import balance_penalty
 from deepfusion.stages.mutual import Predictions, best_of, index_type, learn, predict
@@ -81,6 +81,17 @@ class FedMkt(rounds.Rounds):
     def exchanged_steps(self) -> int:
         """Steps of tuning that read as many tokens as the rounds."""
         return round(self.rounds * self.sequences / rows_of(self.tune.optimisation))
+
+    def traffic(self, own: PreTrainedConfig, shapes: Shapes) -> Traffic:
+        """First weights once; each round text and the server's predictions down, and the device's up."""
+        vocabulary = int(shapes.target.vocab_size)
+        index, positions = index_type(vocabulary).itemsize, self.sequences * shapes.length
+        predictions = positions * min(self.kept, vocabulary) * (2 + index) + 4 * self.sequences
+        first = message(num_parameters(own) if self.warm_start.steps else 0)
+        return Traffic(
+            first + self.times(message(0, predictions + positions * (index + 2))),
+            message(0) + self.times(message(0, predictions)),
+        )
 
     def trainings(self, own: PreTrainedConfig, target: PreTrainedConfig) -> tuple[Training, ...]:
         """The device's own model; it learns from each round's public text once, and predicts it twice."""

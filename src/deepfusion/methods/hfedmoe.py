@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from deepfusion.data.options import DataOptions
 from deepfusion.devices.fleet import FleetOptions
 from deepfusion.methods.base import Site, TargetOptions, Training, methods
+from deepfusion.methods.budget import Shapes, Traffic
 from deepfusion.methods.rounds import Rounds
 from deepfusion.methods.selective import SelectiveRounds
 from deepfusion.types import Call
@@ -28,6 +29,10 @@ class HFedMoE(SelectiveRounds, Rounds):
     def server(self, site: Site, call: Call) -> Path:
         """Rounds from the common base; then the tuning on public text that every method ends with."""
         return self.finish(site, self.run(site, call, self.begin(site)))
+
+    def traffic(self, own: PreTrainedConfig, shapes: Shapes) -> Traffic:
+        """See `SelectiveRounds.traffic_of`."""
+        return self.traffic_of(shapes.target)
 
     def trainings(self, own: PreTrainedConfig, target: PreTrainedConfig) -> tuple[Training, ...]:
         """The whole MoE, or the part that a device holds."""

@@ -67,6 +67,10 @@ class RoundOptions:
         if not 0 <= self.balance < float("inf"):
             yield f"balance = {self.balance}: must be finite and not negative; use 0 to switch this loss off"
 
+    def times(self, size: float) -> int:
+        """Bytes of messages of this size in all rounds, of one device on average."""
+        return round(self.rounds * self.participation * size)
+
     def participants(self, site: Site, number: int) -> list[DeviceCard]:
         """Who is asked in round `number`, in the fleet's order."""
         count = max(1, round(self.participation * len(site.cards)))

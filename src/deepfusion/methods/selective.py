@@ -22,11 +22,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from deepfusion.devices import models
 from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import DeviceCard, FleetOptions
+from deepfusion.devices.memory import num_parameters
 from deepfusion.errors import ModelError, UploadError
 from deepfusion.federation.payload import check_state, read_metadata
 from deepfusion.methods import exchange, rounds
 from deepfusion.methods.assembly import family_and_config
 from deepfusion.methods.base import Site, TargetOptions, Training
+from deepfusion.methods.budget import Traffic, message
 from deepfusion.methods.holding import Means, choose_hosted, fitting, held_of
 from deepfusion.moe import families
 from deepfusion.moe.base import ROUTER
@@ -86,6 +88,15 @@ class SelectiveRounds(rounds.RoundOptions):
         if devices.training.accumulate > 1:
             said = f"[devices.training] accumulate = {devices.training.accumulate}"
             yield f"{said}: experts are chosen for each batch; set it to 1 and raise batch_size"
+
+    def traffic_of(self, target: PreTrainedConfig) -> Traffic:
+        """What is hosted both ways each round, at most: experts that have not changed, or were not used, are not sent."""
+        family, shape = families[str(target.model_type)], self.training_of(target).model
+        rest = (family.num_experts(target) - family.num_experts(shape)) * int(target.hidden_size)
+        layers = len(family.moe_layers(target))
+        each = num_parameters(shape) + rest * layers
+        tables = sum(dtype.itemsize for dtype in TABLES.values()) * family.num_experts(target) * layers
+        return Traffic(self.times(message(each)), self.times(message(each, tables)))
 
     def training_of(self, target: PreTrainedConfig) -> Training:
         """A device's training of the MoE: of all experts, of the largest budget's, or of the fewest that memory must hold."""

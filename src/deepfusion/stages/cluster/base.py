@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import scipy.sparse
@@ -56,6 +56,16 @@ def similarity(embedding_ND: np.ndarray) -> np.ndarray:
     cosine_NN = (cosine_NN + cosine_NN.T) / 2
     np.fill_diagonal(cosine_NN, 1.0)
     return cosine_NN
+
+
+def describe(clusters: Clusters, embedding_ND: np.ndarray) -> dict[str, Any]:
+    """What `clusters.json` tells of a partition."""
+    return {
+        "members": [clusters.members(k) for k in range(clusters.num_clusters)],
+        "device_ids": clusters.device_ids,
+        "similarity": np.round(similarity(embedding_ND), 4).tolist(),
+        "embedding": np.round(embedding_ND.astype(float), 5).tolist(),
+    }
 
 
 def similarity_margin(embedding_ND: np.ndarray, label_N: np.ndarray) -> float:
