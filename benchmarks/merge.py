@@ -5,6 +5,7 @@ Each way runs in a process of its own, so that its peak is its own; `mergekit-mo
 the path (`pip install mergekit` in another environment). One line of JSON for each, ratios in the last.
 
 python benchmarks/merge.py [--students 4] [--hidden 768] [--layers 8] [--vocabulary 32000] [--repeats 3]
+    [--family qwen3_moe] [--dtype bfloat16]
 """
 
 from __future__ import annotations
@@ -24,50 +25,67 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Qwen3Config, Qwen3MoeConfig
 
-from deepfusion.devices.models import from_config, load
+from deepfusion.devices.models import from_config, load, make_config
+from deepfusion.devices.presets import PRESETS
 from deepfusion.moe import families
 from deepfusion.moe.stream import merged_tensors
 from deepfusion.moe.tensor_files import BUFFER, Reader, stored_tensors, write_folder
 from deepfusion.stages.merge import MergeOptions, merge, open_students
 from deepfusion.stages.router import random_router
 
-FAMILY = families["qwen3_moe"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DENSE: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"model_type": "qwen3", "head_dim": 64},
+    "mixtral": {"model_type": "mistral", "sliding_window": None},
+}
+"""What mergekit-moe makes these families of; the others it cannot make, or not of plain dense models."""
 
 
 def target(options: argparse.Namespace) -> Any:
-    """A Qwen3-MoE of as many experts as students."""
-    return FAMILY.ready_target(
-        Qwen3MoeConfig(
-            hidden_size=options.hidden, num_hidden_layers=options.layers, vocab_size=options.vocabulary,
-            num_attention_heads=options.hidden // 64, num_key_value_heads=options.hidden // 64, head_dim=64,
-            moe_intermediate_size=4 * options.hidden, num_local_experts=options.students, num_experts_per_tok=2,
-            tie_word_embeddings=True,
-        )
-    )  # fmt: skip
+    """The family's MoE of as many experts as students."""
+    family, wide = families[options.family], 4 * options.hidden
+    preset = next(p for n, p in PRESETS.items() if n.endswith("-tiny") and p.config["model_type"] == options.family)
+    heads = options.hidden // 64
+    values = {
+        **preset.config, "hidden_size": options.hidden, "num_hidden_layers": options.layers, "num_attention_heads": heads,
+        "num_key_value_heads": heads, family.num_experts_key: options.students, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    if family.student == "dense":  # the shared expert is as wide as a routed one
+        values |= {"intermediate_size": 2 * wide, "kv_lora_rank": options.hidden // 2}
+    if options.family == "qwen3_moe":
+        values |= {"head_dim": 64}
+    values |= {family.width_key: wide}
+    return family.ready_target(make_config(values, vocab_size=options.vocabulary, positions=64))
 
 
 def make_students(folder: Path, options: argparse.Namespace) -> list[Path]:
-    """Students in bfloat16, one after the other."""
+    """Students of the asked type, one after the other."""
     made: list[Path] = []
     for number in range(options.students):
-        student = from_config(FAMILY.student_config(target(options)), seed=number).to(torch.bfloat16)
-        student.save_pretrained(folder / f"student-{number}")
+        student = from_config(families[options.family].student_config(target(options)), seed=number)
+        student.to(dtype=DTYPES[options.dtype]).save_pretrained(folder / f"student-{number}")
         made.append(folder / f"student-{number}")
     return made
 
 
 def make_dense(folder: Path, options: argparse.Namespace) -> None:
     """Dense models of the students' shapes, which mergekit-moe takes in their place."""
-    moe = target(options)
-    config = Qwen3Config(
-        hidden_size=options.hidden, num_hidden_layers=options.layers, vocab_size=options.vocabulary,
-        num_attention_heads=moe.num_attention_heads, num_key_value_heads=moe.num_key_value_heads, head_dim=64,
-        intermediate_size=moe.moe_intermediate_size, tie_word_embeddings=True,
-    )  # fmt: skip
+    heads = options.hidden // 64
+    values = {
+        **DENSE[options.family], "hidden_size": options.hidden, "num_hidden_layers": options.layers,
+        "num_attention_heads": heads, "num_key_value_heads": heads, "intermediate_size": 4 * options.hidden,
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+    config = make_config(values, vocab_size=options.vocabulary, positions=64)
     for number in range(options.students):
-        from_config(config, seed=number).to(torch.bfloat16).save_pretrained(folder / f"dense-{number}")
+        from_config(config, seed=number).to(dtype=DTYPES[options.dtype]).save_pretrained(folder / f"dense-{number}")
+
+
+def stored_as(folder: Path) -> str:
+    """The type of a folder's weights."""
+    found = next(iter(stored_tensors(folder).values())).spec.dtype
+    return {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[found]
 
 
 def limit(students: list[Path], out: Path, _target: Any) -> None:
@@ -93,22 +111,24 @@ def ours(students: list[Path], out: Path, moe: Any) -> None:
     """Tensor by tensor, from disk to disk."""
     out.mkdir()
     with Reader() as reader:
-        write_folder(out, merged_tensors(students, FAMILY, moe, reader, 0), lambda _spec: None)
+        write_folder(out, merged_tensors(students, families[moe.model_type], moe, reader, 0), lambda _spec: None)
 
 
 def in_memory(students: list[Path], out: Path, moe: Any) -> None:
     """Load, stack, save: what a run does with small models."""
-    parts = open_students(students, family=FAMILY, target=moe, slices=1)
-    start = random_router(moe, family=FAMILY, seed=0)
-    model = merge(parts, start, family=FAMILY, target=moe, options=MergeOptions(), seed=0)
-    model.to(torch.bfloat16).save_pretrained(out)
+    parts = open_students(students, family=families[moe.model_type], target=moe, slices=1)
+    start = random_router(moe, family=families[moe.model_type], seed=0)
+    model = merge(parts, start, family=families[moe.model_type], target=moe, options=MergeOptions(), seed=0)
+    model.to(dtype=DTYPES[stored_as(students[0])]).save_pretrained(out)
 
 
-def mergekit(students: list[Path], out: Path, _target: Any) -> None:
+def mergekit(students: list[Path], out: Path, moe: Any) -> None:
     """mergekit-moe on dense models of the same shapes. It does not average what the experts share."""
     config, folders = out.with_suffix(".yml"), sorted(students[0].parent.glob("dense-*"))
     rows = "".join(f"  - source_model: {folder}\n    positive_prompts: [x]\n" for folder in folders)
-    head = f"base_model: {folders[0]}\ngate_mode: random\ndtype: bfloat16\narchitecture: qwen3\nexperts:\n"
+    kind = {"qwen3_moe": "qwen3", "mixtral": "mixtral"}[moe.model_type]
+    dtype = stored_as(folders[0])
+    head = f"base_model: {folders[0]}\ngate_mode: random\ndtype: {dtype}\narchitecture: {kind}\nexperts:\n"
     config.write_text(head + rows)
     subprocess.run(["mergekit-moe", str(config), str(out)], check=True, capture_output=True)
 
@@ -139,8 +159,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (("students", 4), ("hidden", 768), ("layers", 8), ("vocabulary", 32_000), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--family", choices=sorted(families), default="qwen3_moe")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
     options = parser.parse_args()
-    ways = [limit, ours, in_memory] + ([mergekit] if shutil.which("mergekit-moe") else [])
+    peer = shutil.which("mergekit-moe") and options.family in DENSE
+    ways = [limit, ours, in_memory] + ([mergekit] if peer else [])
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -171,7 +194,8 @@ def main() -> None:
 def load_check(out: Path, moe: Any) -> None:
     """What was written is a model."""
     moe.save_pretrained(out)
-    assert load(out).config.num_local_experts == moe.num_local_experts
+    experts = families[moe.model_type].num_experts
+    assert experts(load(out).config) == experts(moe)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from deepfusion.run import (
     prepare_data,
     too_large,
 )
+from deepfusion.training import accelerator
 from deepfusion.types import Progress, silent
 
 PRELOAD = (
@@ -60,6 +61,7 @@ def _train(message: Message, context: Context) -> Message:
     config = _config(path / CONFIG, (path / CONFIG).stat().st_mtime_ns)
     card = next(card for card in cards(config.devices, config.seed) if card.id == device_id)
     device = make_device(config, RunFolder(path), card)
+    accelerator(config.devices.training.precision)  # the process's one, before anything takes it as it comes
     threads = torch.get_num_threads()
     torch.set_num_threads(config.devices.threads)
     try:
@@ -137,6 +139,7 @@ def serve(
         nodes: node id of each device.
         in_flight, timeout: see `Door`; a local grid has a timeout of its own.
     """
+    accelerator(config.method.tune.optimisation.precision)
     notes, ledger = Notes(), Ledger(folder / "ledger.jsonl")
     options = config.federation
     door = Door(

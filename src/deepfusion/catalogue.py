@@ -120,6 +120,12 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 def _meanings(cls: type) -> dict[str, str]:
     """The `Attributes` of a docstring, each on one line."""
-    _, _, attributes = (inspect.getdoc(cls) or "").partition("Attributes:\n")
-    found = re.findall(r"^    ((?:\w+, )*\w+): (.*(?:\n {8,}.*)*)", attributes, re.MULTILINE)
+    attributes = [
+        ((base.__doc__ and inspect.getdoc(base)) or "").partition("Attributes:\n")[2] for base in cls.__mro__[::-1]
+    ]
+    found = [
+        row
+        for text in attributes
+        for row in re.findall(r"^    ((?:\w+, )*\w+): (.*(?:\n {8,}.*)*)", text, re.MULTILINE)
+    ]
     return {name: " ".join(text.split()).replace("|", "\\|") for names, text in found for name in names.split(", ")}

@@ -80,7 +80,7 @@ def measure(
         versions=versions(),
         curves=_curves(site.folder.path),
         rounds=_rounds(config, site, scorer),
-        round_records=_round_records(site.folder / "rounds"),
+        round_records=_round_records(config, site.folder / "rounds"),
         expert_load=load,
         expert_mutual_information=mutual_information(load),
         merge_check=_merge_check(merged),
@@ -216,14 +216,19 @@ def _rounds(config: RunConfig, site: Site, scorer: _Scorer) -> list[Metrics]:
     folder = site.folder / "rounds"
     if not config.evaluate.rounds or not folder.exists():
         return []
-    count = sum(1 for _ in folder.iterdir())
-    return [as_metrics(scorer.folder(f"round {number}", folder / str(number))) for number in range(count)]
+    numbers = range(_round_count(config))
+    return [as_metrics(scorer.folder(f"round {number}", folder / str(number))) for number in numbers]
 
 
-def _round_records(folder: Path) -> list[RoundRecord]:
+def _round_count(config: RunConfig) -> int:
+    """Rounds of the method, or of what it goes on with; a resumed folder may hold more, of an earlier configuration."""
+    return int(getattr(getattr(config.method, "continued", None) or config.method, "rounds", 0))
+
+
+def _round_records(config: RunConfig, folder: Path) -> list[RoundRecord]:
     """What the rounds' own notes tell."""
-    paths = sorted(folder.glob(f"*/{ROUND}"), key=lambda path: int(path.parent.name))
-    return [RoundRecord.of(json.loads(path.read_text())) for path in paths]
+    paths = [folder / str(number) / ROUND for number in range(_round_count(config))]
+    return [RoundRecord.of(json.loads(path.read_text())) for path in paths if path.exists()]
 
 
 def _group(items: list[ModelMetrics]) -> Group | None:

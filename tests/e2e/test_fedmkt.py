@@ -107,20 +107,23 @@ def request_of(folder: Path) -> Payload:
     text = PackedText(data.public, LENGTH, 9).batch(0, SEQUENCES)
     arrays = {"input_ids": text.input_ids_BT.to(torch.int16), "counted": text.counted_BT, "valid": text.valid_BT}
     arrays |= dict(zip(NAMES, predict(model, text, KEPT), strict=True))
-    return Payload("logits", arrays, {"parts": 2, "architecture": "qwen2_moe", "init_id": "x"})
+    return Payload("logits", arrays, {"parts": 2, "run": "now", "architecture": "qwen2_moe", "init_id": "x"})
 
 
 def test_a_device_keeps_its_model_between_rounds(run: tuple[Path, Record], device: Device) -> None:
     method, asked = FedMkt(rounds=2, kept=KEPT), request_of(run[0])
     with pytest.raises(ModelError, match="has not kept its model"):
         method.client(device, asked)
-    first = Payload("statistics", {}, {"vocab_size": 400, "eos_id": 0, "seed": 1, "run_seed": 0})
+    first = Payload("statistics", {}, {"vocab_size": 400, "eos_id": 0, "seed": 1, "run_seed": 0, "run": "now"})
     assert method.client(device, first).what == "ready"
     answers = [method.client(device, replace(asked, round=number)) for number in (0, 1, 2)]
     losses = [float(answer.arrays["loss"].mean()) for answer in answers]
     assert losses == sorted(losses, reverse=True)
     assert device.scratch is not None
-    assert sorted(path.name for path in device.scratch.iterdir()) == ["own-2", "own-3"]
+    assert sorted(path.name for path in device.scratch.iterdir()) == ["own-now-2", "own-now-3"]
+    other = replace(asked, metadata={**asked.metadata, "run": "another"})
+    with pytest.raises(ModelError, match="has not kept its model"):
+        method.client(device, other)
     again = method.client(device, replace(asked, round=2))
     assert all(torch.equal(tensor, answers[2].arrays[name]) for name, tensor in again.arrays.items()), (
         "asked twice, the same"
@@ -132,7 +135,8 @@ def test_a_device_keeps_its_model_between_rounds(run: tuple[Path, Record], devic
     [
         ({"index": lambda t: t.clone().fill_(999)}, "it predicts token 999, the vocabulary has 400"),
         ({"index": lambda t: t.clone().fill_(-1)}, "it predicts token 65535"),
-        ({"loss": lambda t: t - 100}, "a row's loss is below 0"),
+        ({"loss": lambda t: t * 0}, "its own predictions make at least"),
+        ({"loss": lambda t: t - 100}, "its loss on row \\d+ is"),
         ({"value": lambda t: t[:, :, :3]}, r"value has shape"),
         ({"value": lambda t: t.float()}, "value has dtype"),
     ],

@@ -21,8 +21,8 @@ from deepfusion.devices.fleet import cards
 from deepfusion.devices.memory import training_memory
 from deepfusion.errors import ConfigError, ModelError, UploadError
 from deepfusion.methods import HFedMoE
+from deepfusion.methods.holding import TABLES, check_returned
 from deepfusion.methods.rounds import read_round
-from deepfusion.methods.selective import TABLES
 from deepfusion.moe.base import ROUTER
 from deepfusion.moe.hosting import apart, expert_of, with_experts
 from deepfusion.record import Record
@@ -144,9 +144,12 @@ def test_a_device_of_half_the_experts_is_sent_half_and_later_the_ones_it_used(su
         held = said["budgets"][device]
         assert held in (4, 8)
         assert common + held * expert < sent < common + held * expert + 12_000
+    later = read_round(subset / "rounds" / "1")["devices"]
     for device, told in said["devices"].items():
-        used = [sum(1 for value in row if value > 0) for row in told["usage"]]
-        assert used == [said["budgets"][device] // 2] * 2, "it routes among the experts that it holds"
+        assert all(value > 0 for row in told["usage"] for value in row), "over all experts, by the whole router"
+        held = said["budgets"][device] // 2
+        for row, hosted in zip(told["usage"], later[device]["hosted"], strict=True):
+            assert hosted == sorted(sorted(range(4), key=lambda e, row=row: (-row[e], e))[:held])
 
 
 def test_an_expert_that_nobody_sends_back_stays_as_it_was(root: Path) -> None:
@@ -223,7 +226,9 @@ def exchange(run: tuple[Path, Record]) -> tuple[Device, Payload, Payload]:
     method, card, sent = config.method, cards(config.devices, config.seed)[0], run[0] / "start" / "merged"
     assert isinstance(method, HFedMoE)
     model = models.load(sent)
-    request = method._request(site, 0, card, method.means(site)[card.id], model.config, pieces_of(sent), [sent], {})  # pyright: ignore[reportPrivateUsage]
+    request = method._request(
+        site, [], card, method.means(site)[card.id], model.config, pieces_of(sent), [sent], {}, {}
+    )  # pyright: ignore[reportPrivateUsage]
     request = replace(request, metadata={**request.metadata, "architecture": "qwen2_moe", "init_id": "x"})
     device = replace(make_device(config, RunFolder(run[0]), card), scratch=None)
     return device, request, method.client(device, request)
@@ -235,7 +240,14 @@ def exchange(run: tuple[Path, Record]) -> tuple[Device, Payload, Payload]:
         ({"usage": None}, "its usage of the experts is not a table"),
         ({"count": torch.zeros(2, 3, dtype=torch.int32)}, "its count of the experts is not a table"),
         ({"score": torch.full((2, 4), -1.0)}, "its score of the experts is not a table"),
-        ({"count": torch.zeros(2, 4, dtype=torch.int32)}, "which it says that it never trained"),
+        ({"count": torch.zeros(2, 4, dtype=torch.int32)}, "which it says that it did not use and train"),
+        (
+            {"usage": torch.full((2, 4), 1e30), "score": torch.full((2, 4), 1e30)},
+            "its usage of the experts is not a table",
+        ),
+        ({"usage": torch.full((2, 4), 0.9)}, "usage of a layer's experts does not sum to 1"),
+        ({"usage": torch.tensor([[1.0, 0, 0, 0]] * 2)}, "which it says that it did not use and train"),
+        ({MODEL + "model.layers.0.mlp.experts.down_proj:x": torch.zeros(32, 48)}, "1 tensors were not asked for"),
         ({MODEL + "model.norm.weight": None}, "1 tensors are missing"),
         ({MODEL + "model.layers.0.mlp.experts.down_proj:9": torch.zeros(32, 48)}, "1 tensors were not asked for"),
         ({MODEL + "model.norm.weight": torch.zeros(7)}, r"has shape \[7\]"),
@@ -249,11 +261,22 @@ def test_an_answer_that_is_not_what_was_asked_for_is_refused(
 ) -> None:
     device, request, answer = exchange
     shapes = pieces_of(run[0] / "start" / "merged")
-    method = HFedMoE(threshold=0.2)
-    method._admit(shapes, device.id, answer, request)  # pyright: ignore[reportPrivateUsage]
+    check_returned(shapes, 0.2, device.id, answer, request)
     arrays = {name: tensor for name, tensor in {**answer.arrays, **change}.items() if tensor is not None}
     with pytest.raises(UploadError, match=said):
-        method._admit(shapes, device.id, replace(answer, arrays=arrays), request)  # pyright: ignore[reportPrivateUsage]
+        check_returned(shapes, 0.2, device.id, replace(answer, arrays=arrays), request)
+
+
+@pytest.mark.parametrize("routed", [None, "all", 9, -1, True])
+def test_a_count_that_cannot_be_is_refused(
+    routed: Any, exchange: tuple[Device, Payload, Payload], run: tuple[Path, Record]
+) -> None:
+    device, request, answer = exchange
+    metadata = {name: value for name, value in {**answer.metadata, "routed": routed}.items() if value is not None}
+    with pytest.raises(UploadError, match="it says routed"):
+        check_returned(
+            pieces_of(run[0] / "start" / "merged"), 0.2, device.id, replace(answer, metadata=metadata), request
+        )
 
 
 def test_an_expert_comes_whole_or_not_at_all(
@@ -263,9 +286,7 @@ def test_an_expert_comes_whole_or_not_at_all(
     half = next(name for name in answer.arrays if "down_proj:" in name)
     arrays = {name: tensor for name, tensor in answer.arrays.items() if name != half}
     with pytest.raises(UploadError, match="1 tensors are missing"):
-        HFedMoE(threshold=0.2)._admit(  # pyright: ignore[reportPrivateUsage]
-            pieces_of(run[0] / "start" / "merged"), device.id, replace(answer, arrays=arrays), request
-        )
+        check_returned(pieces_of(run[0] / "start" / "merged"), 0.2, device.id, replace(answer, arrays=arrays), request)
 
 
 def test_a_device_that_has_lost_its_experts_says_so(exchange: tuple[Device, Payload, Payload], tmp_path: Path) -> None:

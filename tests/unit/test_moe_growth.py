@@ -91,6 +91,19 @@ def test_every_new_part_learns() -> None:
     assert float(model.model.embed_tokens.weight.grad[:, 32:].abs().sum()) > 0, "new channels of the embedding"
 
 
+def test_heads_that_are_new_learn_where_there_are_no_new_channels() -> None:
+    model = grown(small("llama", head_dim=16), "mixtral", hidden_size=32, head_dim=16)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimiser.zero_grad()
+        model(IDS_BT, labels=IDS_BT).loss.backward()
+        optimiser.step()
+    attention = model.model.layers[0].self_attn
+    for name in ("q_proj", "k_proj", "v_proj"):
+        assert float(getattr(attention, name).weight.grad[32:].abs().sum()) > 0, name
+    assert float(attention.o_proj.weight[:, 32:].detach().abs().sum()) > 0
+
+
 @pytest.mark.parametrize(
     ("source", "target", "said"),
     [

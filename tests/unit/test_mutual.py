@@ -14,7 +14,7 @@ from deepfusion.devices.models import from_config, make_config
 from deepfusion.devices.presets import PRESETS
 from deepfusion.fused import Scores
 from deepfusion.losses import next_token_losses
-from deepfusion.stages.mutual import Predictions, best_of, index_type, knowledge_loss, learn, predict
+from deepfusion.stages.mutual import Predictions, best_of, index_type, knowledge_loss, learn, least_loss, predict
 from deepfusion.training import Optimisation
 from deepfusion.types import Batch
 
@@ -51,6 +51,16 @@ def test_predictions_are_the_largest_logits_and_the_rows_own_losses() -> None:
         alone = Batch(*(part[row : row + 1] for part in (text.input_ids_BT, text.counted_BT, text.valid_BT)))
         loss, _ = next_token_losses(Scores(logits[row : row + 1]), [], alone, 1.0)
         assert float(found.loss_S[row]) == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_a_loss_is_at_least_what_the_predictions_allow() -> None:
+    text = rows()
+    for kept in (1, 4, V):
+        found = predict(model(0), text, kept)
+        least_S = least_loss(found, text)
+        assert bool((least_S <= found.loss_S + 0.01).all())
+        assert bool((least_S > 0).all()) or kept == 1
+    assert torch.allclose(least_S, found.loss_S, atol=0.01), "with all logits kept it is the loss"
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(1 << 16, torch.int16), ((1 << 16) + 1, torch.int32)])

@@ -75,13 +75,14 @@ def base(site: Site, slices: int = 1) -> Path:
 
 
 def digests(folder: Path) -> list[str]:
-    """Hashes of a model folder's weights."""
-    return [file_digest(path) for path in sorted(folder.glob("*.safetensors"))]
+    """Hashes of a model folder's weights and configuration."""
+    return [file_digest(path) for path in (*sorted(folder.glob("*.safetensors")), *folder.glob("config.json"))]
 
 
 def grown(
-    site: Site, name: str, sources: Mapping[str, Path], judge: Callable[[PreTrainedModel], float], slices: int = 1
-) -> Path:
+    site: Site, name: str, sources: Mapping[str, Path], judge: Callable[[PreTrainedModel], float], *parts: object,
+    slices: int = 1,
+) -> Path:  # fmt: skip
     """The best of some small models, grown into the base that all students start from, as the stage `name`.
 
     Falls back to `base`, with a note, where none can grow, or where what has grown predicts worse by `GROWN_LOSS`.
@@ -89,6 +90,7 @@ def grown(
     Args:
         sources: folders by name.
         judge: mean negative log-likelihood of public text, in nats a token.
+        parts: keys of what the judge depends on.
     """
     family, target = family_and_config(site)
     student = family.student_config(target, slices=slices)
@@ -110,7 +112,7 @@ def grown(
         (folder / "grown.json").write_text(json.dumps({"from": best, "before": values[best], "after": after}))
 
     found = {n: digests(path) for n, path in able.items()}
-    folder = site.keep(name, make, site.target, found, slices, site.data_key, site.sequence_length)
+    folder = site.keep(name, make, *parts, site.target, found, slices, site.data_key, site.sequence_length)
     told = json.loads((folder / "grown.json").read_text())
     if not told["after"] < told["before"] + GROWN_LOSS:
         site.note(f"students start from the target's base: {told['from']} predicts worse by {told['after'] - told['before']:.2f} "

@@ -151,7 +151,8 @@ class DeepFusion:
         if self.grows(site):
             sources = {p.folder.name: p.folder for domain in teachers for p in domain}
             judge = reading.mean_judge(site, weights, self.proxy.judged_on)
-            folder = assembly.grown(site, "start", sources, judge, slices)
+            parts = (self.proxy.judged_on, reading.weights_key(weights))
+            folder = assembly.grown(site, "start", sources, judge, *parts, slices=slices)
         else:
             folder = assembly.base(site, slices)
         site.reached("start")
@@ -241,7 +242,8 @@ class DeepFusion:
         if not self.grows(site) or not self.warm_start.steps:
             return None
         sources = {name: Path(path) for name, path in json.loads((site.folder / "initial.json").read_text()).items()}
-        return assembly.grown(site, "reference/start", sources, reading.mean_judge(site, [None], self.proxy.judged_on))
+        judge = reading.mean_judge(site, [None], self.proxy.judged_on)
+        return assembly.grown(site, "reference/start", sources, judge, self.proxy.judged_on)
 
     def server_work(self, shapes: Shapes) -> tuple[Work, ...]:
         """Distillation of all domains, and tuning; the teachers read along."""

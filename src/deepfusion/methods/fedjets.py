@@ -32,7 +32,7 @@ from deepfusion.methods.base import Site, TargetOptions, Training, methods, plug
 from deepfusion.methods.budget import Budget, Shapes, Traffic, message
 from deepfusion.moe import families
 from deepfusion.moe.base import ROUTER
-from deepfusion.moe.hosting import part, pieces, put_back, with_experts
+from deepfusion.moe.hosting import by_layer, part, pieces, put_back, with_experts
 from deepfusion.moe.routing import Penalty, Routing, balance_penalty, routers
 from deepfusion.stages.cluster import KMeans
 from deepfusion.stages.embed import Embedding, ServerProbe, embeddings
@@ -214,7 +214,7 @@ class FedJets(rounds.Rounds):
         hosted = [int(e) for e in str(request.metadata["hosted"]).split(",")]
         sent = exchange.with_prefix(request, MODEL)
         model = rounds.received_model(request)
-        gates = {name: tensor for name, tensor in sent.items() if ROUTER.search(name)}
+        gates = by_layer({name: tensor for name, tensor in sent.items() if ROUTER.search(name)})
         load_distinct(model, {**sent, **{name: tensor[hosted] for name, tensor in gates.items()}})
         penalty = self._penalty(model, list(gates.values()), hosted, int(request.metadata["anchor"]))
         told = rounds.train_part(device, request, model, penalty)
@@ -270,5 +270,5 @@ def _preferences(device: Device, request: Payload) -> Payload:
     common = models.from_config(config, seed=0)
     load_distinct(common, load_file(path))
     text = PackedText(device.corpus, device.sequence_length, device.seed)
-    q_E = gate_preference(common, list(request.arrays.values()), text)
+    q_E = gate_preference(common, list(by_layer(request.arrays).values()), text)
     return Payload("preference", {"preference": q_E}, {"device": device.id}, round=request.round)

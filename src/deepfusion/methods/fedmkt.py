@@ -29,13 +29,15 @@ from deepfusion.methods.base import Site, Training, methods
 from deepfusion.methods.budget import Budget, Shapes, Traffic, Work, message
 from deepfusion.methods.budget import rows as rows_of
 from deepfusion.moe.routing import balance_penalty
-from deepfusion.stages.mutual import Predictions, best_of, index_type, learn, predict
+from deepfusion.stages.mutual import Predictions, best_of, index_type, learn, least_loss, predict
 from deepfusion.training import derive_seed
 from deepfusion.types import Batch, Call, Payload
 
 TEXT = ("input_ids", "counted", "valid")
 """The round's public text in a request; after it the server's predictions."""
 NAMES = ("value", "index", "loss")
+LOSS_TOLERANCE = 0.05
+"""Nats by which a row's loss may be below what the predictions, rounded to float16, allow."""
 FORWARD = 1 / 3
 """What a forward pass costs of a training step."""
 
@@ -76,7 +78,7 @@ class FedMkt(rounds.Rounds):
         fair = super().beside(budget)
         all_rows = fair.tune.steps * rows_of(fair.tune.optimisation)
         fair = replace(fair, sequences=max(1, min(fair.sequences, all_rows // (2 * fair.rounds))))
-        return replace(fair, tune=replace(fair.tune, steps=fair.tune.steps - fair.exchanged_steps()))
+        return replace(fair, tune=replace(fair.tune, steps=max(1, fair.tune.steps - fair.exchanged_steps())))
 
     def exchanged_steps(self) -> int:
         """Steps of tuning that read as many tokens as the rounds."""
@@ -122,8 +124,19 @@ class FedMkt(rounds.Rounds):
     def _start_devices(self, site: Site, call: Call) -> None:
         initials = exchange.initial_models(site, self.warm_start)
         requests = exchange.ask_everyone(site, initials, {}, send_weights=self.warm_start.steps > 0)
-        key = key_of("own", site.seed, site.fleet, self.warm_start, site.data_key, site.sequence_length)
-        exchange.spool_answers(site, call, requests, lambda _device, _answer: None, key, "uploads/ready")
+        named = {
+            id_: replace(sent, metadata={**sent.metadata, "run": self._name(site)}) for id_, sent in requests.items()
+        }
+        exchange.spool_answers(site, call, named, lambda _device, _answer: None, self._name(site), "uploads/ready")
+
+    def _options(self) -> tuple[object, ...]:
+        """All options that a round depends on."""
+        own = (self.rounds, self.participation, self.balance, self.sequences, self.kept, self.mixture, self.temperature)
+        return (*own, self.warm_start, self.noise, self.tune.optimisation)
+
+    def _name(self, site: Site) -> str:
+        """What devices keep their models under: those of another configuration must not be gone on with."""
+        return key_of("own", site.seed, site.fleet, site.target, site.data_key, site.sequence_length, *self._options())
 
     def _round(self, site: Site, call: Call, number: int, moe: Path) -> Path:
         public = PackedText(site.data.public, site.sequence_length, derive_seed(site.seed, "exchange"))
@@ -134,7 +147,7 @@ class FedMkt(rounds.Rounds):
             own.append(predict(model, text, self.kept))
             ids = text.input_ids_BT.to(index_type(int(model.config.vocab_size)))
             arrays = dict(zip(TEXT, (ids, text.counted_BT, text.valid_BT), strict=True)) | _arrays(own[0])
-            sent = Payload("logits", arrays, {"parts": self.rounds})
+            sent = Payload("logits", arrays, {"parts": self.rounds, "run": self._name(site)})
             return {card.id: sent for card in self.participants(site, number)}
 
         def fold(model: PreTrainedModel, files: Mapping[str, Path]) -> dict[str, Any]:
@@ -148,8 +161,8 @@ class FedMkt(rounds.Rounds):
             ahead = float((teacher.loss_S < own[0].loss_S).float().mean())
             return {"losses": losses, "rows_of_devices": ahead}
 
-        vocabulary = site.data.vocab_size
-        return rounds.run_round(site, call, number, moe, ask, fold, self, admit=partial(_admit, vocabulary))
+        admit = partial(_admit, site.data.vocab_size)
+        return rounds.run_round(site, call, number, moe, ask, fold, *self._options(), admit=admit)
 
     # ------------------------------------------------------------------------------------------ on a device
 
@@ -157,9 +170,13 @@ class FedMkt(rounds.Rounds):
         """Keep the first weights; or learn from the server's predictions, then from the device's text, and predict."""
         if request.what != "logits":
             model = exchange.first_model(device, request)
-            _keep(device, model, 0)
+            if device.scratch:  # of another configuration
+                for old in device.scratch.glob("own-*"):
+                    shutil.rmtree(old)
+            _keep(device, model, str(request.metadata["run"]), 0)
             return Payload("ready", {}, {"device": device.id})
-        model, text, server = _own_model(device, request.round), _text(request), _predictions(request)
+        run = str(request.metadata["run"])
+        model, text, server = _own_model(device, run, request.round), _text(request), _predictions(request)
         seed = derive_seed(device.seed, "learn", request.round)
         learn(
             model, text, best_of((predict(model, text, self.kept), server)), mixture=self.mixture,
@@ -167,7 +184,7 @@ class FedMkt(rounds.Rounds):
         )  # fmt: skip
         told = rounds.train_part(replace(device, scratch=None), request, model, None)
         found = predict(model, text, self.kept)
-        _keep(device, model, request.round + 1)
+        _keep(device, model, run, request.round + 1)
         return rounds.answer(request, {}, told, _arrays(found))
 
 
@@ -205,32 +222,37 @@ def _admit(vocabulary: int, device_id: str, payload: Payload, request: Payload) 
         if not 0 <= token < vocabulary:
             said = f"device {device_id}: it predicts token {token}, the vocabulary has {vocabulary}"
             raise UploadError(f"{said}; use the run's tokenizer")
-    if bool((found.loss_S < 0).any()):
-        raise UploadError(f"device {device_id}: it says that a row's loss is below 0; send mean cross-entropies")
+    short_S = least_loss(found, _text(request)) - found.loss_S
+    if bool((short_S > LOSS_TOLERANCE).any()):
+        row = int(short_S.argmax())
+        said = f"device {device_id}: it says that its loss on row {row} is {float(found.loss_S[row]):.3g}"
+        raise UploadError(
+            f"{said}, its own predictions make at least {float(short_S[row] + found.loss_S[row]):.3g}; send mean cross-entropies"
+        )
 
 
-def _keep(device: Device, model: PreTrainedModel, number: int) -> None:
+def _keep(device: Device, model: PreTrainedModel, run: str, number: int) -> None:
     """Keep the device's model as it is after `number` rounds, and the one before, should the answer get lost."""
     if device.scratch is None:
         raise ModelError("a device of FedMKT keeps its model between rounds; give it a folder of its own")
     shutil.rmtree(device.scratch / "partial", ignore_errors=True)
     models.save(model, device.scratch / "partial", device.tokenizer)
-    final = device.scratch / f"own-{number}"
+    final = device.scratch / f"own-{run}-{number}"
     shutil.rmtree(final, ignore_errors=True)
     (device.scratch / "partial").rename(final)
-    for old in _kept(device, number)[:-2]:
+    for old in _kept(device, run, number)[:-2]:
         shutil.rmtree(old)
 
 
-def _kept(device: Device, number: int) -> list[Path]:
+def _kept(device: Device, run: str, number: int) -> list[Path]:
     """The device's models as they were after at most `number` rounds, oldest first."""
-    found = device.scratch.glob("own-*") if device.scratch else ()
-    numbers = {path: int(path.name.removeprefix("own-")) for path in found}
+    found = device.scratch.glob(f"own-{run}-*") if device.scratch else ()
+    numbers = {path: int(path.name.rsplit("-", 1)[1]) for path in found}
     return sorted((path for path in numbers if numbers[path] <= number), key=lambda path: numbers[path])
 
 
-def _own_model(device: Device, number: int) -> PreTrainedModel:
+def _own_model(device: Device, run: str, number: int) -> PreTrainedModel:
     """The device's model as it was before round `number`."""
-    if not (kept := _kept(device, number)):
+    if not (kept := _kept(device, run, number)):
         raise ModelError(f"{device.id} has not kept its model; begin a new run folder, so that it starts again")
     return models.load(kept[-1])

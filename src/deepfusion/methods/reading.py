@@ -33,6 +33,11 @@ def domain_weights(closeness_UK: np.ndarray, text: Literal["domain", "uniform"],
     return [np.exp((near_U - near_U.max()) / temperature) for near_U in closeness_UK.T]
 
 
+def weights_key(weights: Weights) -> list[list[float] | None]:
+    """The weights as part of a stage's key."""
+    return [None if weights_U is None else np.round(weights_U, 6).tolist() for weights_U in weights]
+
+
 def judge_on_public_text(site: Site, weights: Weights, count: int) -> Judge:
     """Compares models by their log-perplexity on `count` public documents of a domain, drawn by the domain's weights."""
     public = site.data.public

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,16 +23,16 @@ from deepfusion.devices import models
 from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import DeviceCard, FleetOptions
 from deepfusion.devices.memory import num_parameters
-from deepfusion.errors import ModelError, UploadError
-from deepfusion.federation.payload import check_state, read_metadata
+from deepfusion.errors import ModelError
+from deepfusion.federation.payload import read_metadata
 from deepfusion.methods import exchange, rounds
 from deepfusion.methods.assembly import family_and_config
 from deepfusion.methods.base import Site, TargetOptions, Training
 from deepfusion.methods.budget import Traffic, message
-from deepfusion.methods.holding import Means, choose_hosted, fitting, held_of
+from deepfusion.methods.holding import TABLES, Means, check_returned, choose_hosted, fitting, held_of
 from deepfusion.moe import families
 from deepfusion.moe.base import ROUTER
-from deepfusion.moe.hosting import apart, expert_of, put_back, sent_back, together, with_experts
+from deepfusion.moe.hosting import apart, expert_of, gate_rows, put_back, sent_back, together, with_experts
 from deepfusion.moe.routing import balance_penalty
 from deepfusion.registry import Registry
 from deepfusion.stages.proxy import MODEL
@@ -43,8 +43,6 @@ from deepfusion.types import Call, Payload, State
 
 KEPT = "experts.safetensors"
 """The experts as the server last sent them, in a device's scratch folder."""
-TABLES = {"usage": torch.float32, "score": torch.float32, "count": torch.int32}
-"""What a device tells of its experts, each (L, E): mean probability, mean importance, batches on which it was trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +53,7 @@ class SelectiveRounds(rounds.RoundOptions):
         selection: [selection] how a device chooses.
         host: whether a device holds all experts, or only as many as its budget allows, the most used ones.
         budget: where budgets come from: dealt out of `shares`, or (held subsets only) what fits the device's memory.
-        shares: budgets as shares of all experts of all layers, dealt out evenly by the seed.
+        shares: budgets as shares of all experts of all layers, dealt out evenly by the seed; memory is checked for the largest.
         threshold: tau, mean probability from which an expert counts as used; half of the even one when left out.
         average: "selective" averages an expert over the devices that used and trained it, and the gate by how well they did;
             "fedavg" averages everything by the devices' tokens.
@@ -118,22 +116,28 @@ class SelectiveRounds(rounds.RoundOptions):
         return moe
 
     def _round(self, site: Site, call: Call, number: int, sent: Sequence[Path]) -> Path:
-        means, shapes = self.means(site), dict[str, torch.Tensor]()
+        means, shapes, hosts = self.means(site), dict[str, torch.Tensor](), dict[str, list[list[int]]]()
+        told = [rounds.read_round(site.folder / "rounds" / str(n)) for n in range(number)]
 
         def ask(model: PreTrainedModel) -> dict[str, Payload]:
             pieces = apart(distinct_state(model))
             shapes.update({name: tensor.to("meta") for name, tensor in pieces.items()})
             before: dict[Path, State] = {}
             return {
-                card.id: self._request(site, number, card, means[card.id], model.config, pieces, sent, before)
+                card.id: self._request(site, told, card, means[card.id], model.config, pieces, sent, before, hosts)
                 for card in self.participants(site, number)
             }
 
         def fold(model: PreTrainedModel, files: Mapping[str, Path]) -> dict[str, Any]:
-            return self._fold(model, files, means)
+            return self._fold(model, files, means, hosts)
 
-        admit = partial(self._admit, shapes)
-        return rounds.run_round(site, call, number, sent[-1], ask, fold, self, admit=admit)
+        threshold = self._threshold(_num_experts(site)) if self.average == "selective" else None
+        admit = partial(check_returned, shapes, threshold)
+        return rounds.run_round(site, call, number, sent[-1], ask, fold, *self._key(), admit=admit)
+
+    def _key(self) -> tuple[object, ...]:
+        """All options that a round depends on."""
+        return tuple(getattr(self, field.name) for field in fields(SelectiveRounds))
 
     def means(self, site: Site) -> dict[str, Means]:
         """What each device may hold and train."""
@@ -155,17 +159,17 @@ class SelectiveRounds(rounds.RoundOptions):
         return found
 
     def _request(
-        self, site: Site, number: int, card: DeviceCard, means: Means, config: PreTrainedConfig, pieces: State,
-        sent: Sequence[Path], before: dict[Path, State],
+        self, site: Site, told: Sequence[Mapping[str, Any]], card: DeviceCard, means: Means, config: PreTrainedConfig,
+        pieces: State, sent: Sequence[Path], before: dict[Path, State], hosts: dict[str, list[list[int]]],
     ) -> Payload:  # fmt: skip
-        """What the device has not got yet, and which experts it is to hold."""
-        told = {n: rounds.read_round(site.folder / "rounds" / str(n)) for n in range(number)}
-        last = max((n for n, said in told.items() if card.id in said["answered"]), default=-1)
+        """What the device has not got yet, and which experts it is to hold; these are noted in `hosts`."""
+        last = max((n for n, said in enumerate(told) if card.id in said["answered"]), default=-1)
         usage = told[last]["devices"][card.id]["usage"] if last >= 0 else None
         layers = families[str(config.model_type)].moe_layers(config)
         hosted = choose_hosted(
             site, card, means.held, usage, len(layers), families[str(config.model_type)].num_experts(config)
         )
+        hosts[card.id] = hosted
         place = {layer: set(experts) for layer, experts in zip(layers, hosted, strict=True)}
         wanted = {n: t for n, t in pieces.items() if (at := expert_of(n)) is None or at[1] in place[at[0]]}
         if self.host == "full" and last >= 0:
@@ -177,42 +181,31 @@ class SelectiveRounds(rounds.RoundOptions):
         about = {"hosted": json.dumps(hosted), "budget": means.budget, "since": last if self.host == "full" else -1}
         return replace(asked, metadata={**asked.metadata, **about})
 
-    def _admit(self, shapes: Mapping[str, torch.Tensor], device_id: str, payload: Payload, request: Payload) -> None:
-        """Refuse an answer without the tables, or with other tensors than all that is shared and some whole experts."""
-        hosted = json.loads(str(request.metadata["hosted"]))
-        arrays, experts = dict(payload.arrays), 1 + max(at[1] for name in shapes if (at := expert_of(name)))
-        tables = {name: arrays.pop(name, torch.empty(0)) for name in TABLES}
-        for name, dtype in TABLES.items():
-            table_LE = tables[name]
-            if table_LE.shape != (len(hosted), experts) or table_LE.dtype != dtype or bool((table_LE < 0).any()):
-                what = f"a table [{len(hosted)}, {experts}] of {dtype}, not negative"
-                raise UploadError(f"device {device_id}: its {name} of the experts is not {what}; count as HFedMoE says")
-        layers = sorted({at[0] for name in shapes if (at := expert_of(name))})
-        held = {(layer, expert) for layer, row in zip(layers, hosted, strict=True) for expert in row}
-        came = {at for name in arrays if (at := expert_of(name))}
-        due = {MODEL + n: t for n, t in shapes.items() if (at := expert_of(n)) is None or (at in held and at in came)}
-        check_state(arrays, due, device_id)
-        idle = [at for at in sorted(came) if not tables["count"][layers.index(at[0]), at[1]]]
-        if idle and self.average == "selective":
-            layer, expert = idle[0]
-            said = f"device {device_id}: it sent expert {expert} of layer {layer}, which it says that it never trained"
-            raise UploadError(f"{said}; send the experts that were trained")
+    def _fold(
+        self, model: PreTrainedModel, files: Mapping[str, Path], means: Mapping[str, Means],
+        hosts: Mapping[str, list[list[int]]],
+    ) -> dict[str, Any]:  # fmt: skip
+        """The next model: experts over those who used and trained them, the rest by tokens.
 
-    def _fold(self, model: PreTrainedModel, files: Mapping[str, Path], means: Mapping[str, Means]) -> dict[str, Any]:
-        """The next model: experts over those who used and trained them, the gate by its users' worth, the rest by tokens."""
+        Each row of a router is averaged over the devices that hold its expert, by the worth of their routers.
+        """
         tables = {device: _tables(path) for device, path in files.items()}
         usage_CLE, score_CLE = (torch.stack([t[name] for t in tables.values()]) for name in ("usage", "score"))
         shares = gate_shares(usage_CLE, score_CLE, self._threshold(usage_CLE.shape[-1]))
         worth, scale = dict(zip(files, shares.weight_C.tolist(), strict=True)), float(shares.weight_C.sum())
         by_tokens = self.average == "fedavg" or not scale
 
-        def part(of_gate: bool) -> Iterator[tuple[str, State, float]]:
+        def others() -> Iterator[tuple[str, State, float]]:
             for device, state, tokens in rounds.answers(files):
-                found = {name: tensor for name, tensor in state.items() if bool(ROUTER.search(name)) is of_gate}
-                yield device, found, float(tokens) if by_tokens or not of_gate else worth[device]
+                yield device, {name: tensor for name, tensor in state.items() if not ROUTER.search(name)}, tokens
 
-        new = average_present(part(False))
-        gates = average_present(part(True))
+        def routers() -> Iterator[tuple[str, State, float]]:
+            for device, state, tokens in rounds.answers(files):
+                if by_tokens or worth[device]:
+                    gates = {name: tensor for name, tensor in state.items() if ROUTER.search(name)}
+                    yield device, gate_rows(gates, hosts[device]), tokens if by_tokens else worth[device]
+
+        new, gates = average_present(others()), average_present(routers())
         if self.gate_weights == "literal" and not by_tokens:
             gates = {name: tensor * scale for name, tensor in gates.items()}
         load_distinct(model, put_back(distinct_state(model), {**new, **gates}))
@@ -221,6 +214,7 @@ class SelectiveRounds(rounds.RoundOptions):
             "budgets": {device: found.budget for device, found in means.items()},
             "devices": {
                 device: {
+                    "hosted": hosts[device],
                     "coverage": float(coverage),
                     "routed": int(table["routed"]),
                     "trained": int((table["count"] > 0).sum()),
@@ -245,12 +239,16 @@ class SelectiveRounds(rounds.RoundOptions):
         load_distinct(model, together(pieces, hosted, layers))
         balance = balance_penalty(model, self.balance) if self.balance else None
         with separate_experts(model) as parameters:
-            chooser = ExpertSelection(model, parameters, self.selection, int(request.metadata["budget"]), balance)
+            gates = [pieces[f"model.layers.{layer}.mlp.gate.weight"] for layer in layers]
+            whole = None if self.host == "full" else list(zip(gates, hosted, strict=True))
+            budget = int(request.metadata["budget"])
+            chooser = ExpertSelection(model, parameters, self.selection, budget, balance, whole)
             told = rounds.train_part(replace(device, scratch=None), request, model, chooser)
-        wide = len(pieces[f"model.layers.{layers[0]}.mlp.gate.weight"])  # E, of which the device holds some
-        index_LE = torch.tensor(hosted)
-        found = {"usage": chooser.usage_LE, "score": chooser.score_LE, "count": chooser.count_LE}
-        tables = {n: torch.zeros(len(layers), wide, dtype=TABLES[n]).scatter_(1, index_LE, t) for n, t in found.items()}
+        wide = len(gates[0])  # E, of which the device holds some
+        count_LE = torch.zeros(len(layers), wide, dtype=TABLES["count"]).scatter_(
+            1, torch.tensor(hosted), chooser.count_LE
+        )
+        tables = {"usage": chooser.usage_LE, "score": chooser.score_LE, "count": count_LE}
         sent_LE = torch.ones_like(tables["count"], dtype=torch.bool)
         if self.average == "selective":
             sent_LE = (tables["usage"] >= self._threshold(wide)) & (tables["count"] > 0)
@@ -296,3 +294,8 @@ def _with_kept(device: Device, request: Payload) -> State:
         save_file(kept, partial_path, metadata={"round": str(request.round)})
         partial_path.replace(path)
     return sent
+
+
+def _num_experts(site: Site) -> int:
+    family, target = family_and_config(site)
+    return family.num_experts(target)

@@ -111,6 +111,7 @@ class _Plan:
             "k": torch.cat([turning + head * large for head in range(key_heads)]),
             "v": torch.cat([plain + head * large for head in range(key_heads)]),
         }
+        self._heads = {"q": heads * large, "k": key_heads * large, "v": key_heads * large}
         self._columns = torch.cat([plain + head * large for head in range(heads)])
         self._scale = {
             "q": math.sqrt(large / small),
@@ -147,7 +148,9 @@ class _Plan:
                     bias[self._rows[name]] = old[f"self_attn.{name}_proj.bias"] * self._scale[name]
             if old:
                 weight = new[f"self_attn.{name}_proj.weight"]
-                weight[:, : self._channels] = 0
+                weight[: self._heads[name], : self._channels] = (
+                    0  # heads that are new read all at random, and are not heard yet
+                )
                 weight[self._rows[name], : self._channels] = old[f"self_attn.{name}_proj.weight"] * self._scale[name]
         if old:
             output[: self._channels, self._columns] = old["self_attn.o_proj.weight"]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,6 +12,8 @@ from transformers import PreTrainedConfig
 from deepfusion.moe import families
 from deepfusion.moe.base import EXPERT, LAYER, MATRICES, ROUTER
 from deepfusion.types import State
+
+_INDEX = re.compile(r"[0-9]{1,6}")
 
 
 def with_experts(target: PreTrainedConfig, count: int) -> PreTrainedConfig:
@@ -90,11 +93,22 @@ def sent_back(
     return found
 
 
+def gate_rows(gates: Mapping[str, torch.Tensor], hosted: Sequence[Sequence[int]]) -> State:
+    """The rows of the routers of each MoE layer's hosted experts, each by itself, named as `put_back` asks."""
+    rows = zip(by_layer(gates).items(), hosted, strict=True)
+    return {f"{name}:{e}": tensor[e] for (name, tensor), experts in rows for e in experts}
+
+
+def by_layer(tensors: Mapping[str, torch.Tensor]) -> State:
+    """One tensor of each layer in the order of the layers; on the wire they come in that of their names."""
+    return dict(sorted(tensors.items(), key=lambda item: int(found[1]) if (found := LAYER.search(item[0])) else -1))
+
+
 def expert_of(name: str) -> tuple[int, int] | None:
     """Number of the layer and index of the expert that a piece belongs to; None for what is no expert's."""
-    whole, mark, index = name.partition(":")
+    whole, _, index = name.partition(":")
     layer = LAYER.search(whole)
-    return (int(layer[1]), int(index)) if mark and layer and EXPERT.search(whole) else None
+    return (int(layer[1]), int(index)) if layer and EXPERT.search(whole) and _INDEX.fullmatch(index) else None
 
 
 def put_back(state: State, pieces: Mapping[str, torch.Tensor]) -> State:

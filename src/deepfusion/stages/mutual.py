@@ -81,6 +81,21 @@ def best_of(sources: Iterable[Predictions]) -> Predictions:
     return best
 
 
+def least_loss(found: Predictions, rows: Batch) -> torch.Tensor:
+    """A lower bound of each row's loss that follows from the predictions alone, (S,): who sends less makes it up.
+
+    Of the kept logits' softmax the whole is left out, which makes every token's probability larger than it is; a token that
+    is not kept has at most the last logit that is.
+    """
+    value_STK = found.value_STK.float()
+    kept_ST = value_STK.logsumexp(-1)[:, :-1]
+    target_ST = rows.input_ids_BT[:, 1:, None]
+    hit_STK = found.tokens(torch.arange(len(found.loss_S)))[:, :-1] == target_ST
+    logit_ST = torch.where(hit_STK.any(-1), (value_STK[:, :-1] * hit_STK).sum(-1), value_STK[:, :-1, -1])
+    counted_ST = (rows.counted_BT & rows.valid_BT)[:, 1:]
+    return ((kept_ST - logit_ST) * counted_ST).sum(-1) / counted_ST.sum(-1).clamp(min=1)
+
+
 def knowledge_loss(logits_BTV: torch.Tensor, teacher: Predictions, rows: torch.Tensor, valid_BT: torch.Tensor,
                    temperature: float) -> torch.Tensor:  # fmt: skip
     """Mean over the valid positions of -sum q log p: q is the softmax over the teacher's kept logits, 0 elsewhere."""
@@ -113,6 +128,8 @@ def learn(
         penalty: what is added to the loss of a MoE, out of its routing.
     """
     compute = accelerator(optimisation.precision)
+    if optimisation.gradient_checkpointing:
+        model.activation_checkpointing_enable()
     model.to(compute.device).train()  # pyright: ignore[reportArgumentType]
     count, micro, accumulate = len(rows.input_ids_BT), optimisation.batch_size, optimisation.accumulate
     order_S = torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed(seed, "order")))

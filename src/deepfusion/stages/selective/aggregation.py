@@ -32,7 +32,7 @@ def gate_shares(usage_CLE: torch.Tensor, score_CLE: torch.Tensor, threshold: flo
     """
     dominant_CLE = usage_CLE >= threshold
     everywhere = int(dominant_CLE.any(0).sum())
-    worth_CLE = torch.where(dominant_CLE, usage_CLE * score_CLE, 0.0)
+    worth_CLE = torch.where(dominant_CLE, usage_CLE.double() * score_CLE.double(), 0.0)
     return GateShares(
-        worth_CLE.sum((1, 2)).double() / max(1, everywhere), dominant_CLE.sum((1, 2)).double() / max(1, everywhere)
+        worth_CLE.sum((1, 2)) / max(1, everywhere), dominant_CLE.sum((1, 2)).double() / max(1, everywhere)
     )

@@ -85,7 +85,8 @@ def choose(
     """
     if scope == "layer":
         each = max(1, budget // len(value_LE))
-        return torch.cat([choose(v_E[None], u_E[None], each) for v_E, u_E in zip(value_LE, used_LE, strict=True)])
+        found_LE = torch.cat([choose(v_E[None], u_E[None], each) for v_E, u_E in zip(value_LE, used_LE, strict=True)])
+        return found_LE if int(found_LE.sum()) <= budget else choose(value_LE, found_LE, budget)
     value_P = value_LE.masked_fill(~used_LE, -torch.inf).flatten()
     count = max(1, min(budget, int((value_P > 0).sum())))
     chosen_P = torch.zeros_like(used_LE).flatten()

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,8 +33,9 @@ def separate_experts(model: PreTrainedModel) -> Generator[Pieces]:
     try:
         yield [[list(piece) for piece in zip(*_lists(module), strict=True)] for module in modules]
     finally:
-        for module, hook in zip(modules, hooks, strict=True):
-            hook.remove()
+        for module, handles in zip(modules, hooks, strict=True):
+            for handle in handles:
+                handle.remove()
             for name, pieces in zip(MATRICES, _lists(module), strict=True):
                 module.__dict__.pop(name, None)
                 module.register_parameter(name, nn.Parameter(torch.stack([piece.detach() for piece in pieces])))
@@ -51,7 +52,11 @@ def _take_apart(module: nn.Module) -> Any:
         for name, pieces in zip(MATRICES, _lists(module), strict=True):
             setattr(module, name, torch.stack(list(pieces)))
 
-    return module.register_forward_pre_hook(stack)
+    def forget(module: nn.Module, _inputs: Any, _output: Any) -> None:
+        for name in MATRICES:  # autograd keeps what it needs, until the backward pass is over
+            module.__dict__.pop(name, None)
+
+    return module.register_forward_pre_hook(stack), module.register_forward_hook(forget)
 
 
 def _list_name(matrix: str) -> str:
@@ -69,23 +74,29 @@ class ExpertSelection:
     gradient is dropped has none, so that AdamW leaves it, its moments and its count of steps as they are. Gradients of
     earlier layers still flow through experts that do not learn, so those of all others are exact.
 
+    Where the model has only some of the MoE's experts, probabilities are still over all of them, by the whole routers.
+
     Attributes:
-        usage_LE: sum over all tokens of each expert's probability; `usage` is its mean.
-        count_LE: batches on which an expert was trained.
+        count_LE: batches on which an expert of the model was trained.
         routed_LE: whether any token was sent to it.
     """
 
     def __init__(
-        self, model: PreTrainedModel, pieces: Pieces, options: SelectOptions, budget: int, balance: Penalty | None
-    ) -> None:
+        self, model: PreTrainedModel, pieces: Pieces, options: SelectOptions, budget: int, balance: Penalty | None,
+        whole: Sequence[tuple[torch.Tensor, Sequence[int]]] | None = None,
+    ) -> None:  # fmt: skip
+        """Watch the experts of `pieces`.
+
+        Args:
+            whole: each MoE layer's whole router weight, (E, H), and which of its rows the model's experts are; None where the
+                model has all experts.
+        """
         self._family = families[model.config.model_type]
-        self._options, self._budget, self._balance = options, budget, balance
+        self._options, self._budget, self._balance, self._whole = options, budget, balance, whole
         shape = (len(pieces), len(pieces[0]))
         self._active_LE = torch.ones(shape, dtype=torch.bool)
-        self._usage_LE, self._score_LE = (
-            torch.zeros(shape, dtype=torch.float64),
-            torch.zeros(shape, dtype=torch.float64),
-        )
+        whole_shape = (len(pieces), len(whole[0][0])) if whole else shape
+        self._usage_LE, self._score_LE = (torch.zeros(whole_shape, dtype=torch.float64) for _ in range(2))
         self._tokens = self._batches = 0
         self.count_LE = torch.zeros(shape, dtype=torch.int32)
         self.routed_LE = torch.zeros(shape, dtype=torch.bool)
@@ -111,6 +122,16 @@ class ExpertSelection:
         """Mean importance over the batches, float32 (L, E)."""
         return (self._score_LE / max(1, self._batches)).float()
 
+    def _over_all_experts(self, routing: Routing, layer: int) -> tuple[torch.Tensor, slice | list[int]]:
+        """Probabilities over all of the MoE's experts, (B*T, E) in float64, and which columns are the model's."""
+        logits_RE = routing.logits[layer].double()
+        if self._whole is None:
+            return self._family.probabilities(logits_RE), slice(None)
+        gate_EH, hosted = self._whole[layer]
+        all_RE = routing.inputs[layer].double() @ gate_EH.to(logits_RE.device).double().T
+        all_RE[:, list(hosted)] = logits_RE
+        return self._family.probabilities(all_RE), list(hosted)
+
     def __call__(self, routing: Routing) -> torch.Tensor:
         """Choose for this batch; the balance loss, if there is one.
 
@@ -127,15 +148,16 @@ class ExpertSelection:
             return
         values: list[torch.Tensor] = []
         used_LE = torch.zeros_like(self._active_LE)
-        for layer, (logits_RE, chosen_Rk) in enumerate(zip(routing.logits, routing.chosen, strict=True)):
-            probability_RE = self._family.probabilities(logits_RE[valid_R].double())
+        for layer, chosen_Rk in enumerate(routing.chosen):
+            all_RE, mine = self._over_all_experts(routing, layer)
+            probability_RE = all_RE[valid_R]
             if bool(probability_RE.isnan().any()):
                 raise ModelError(f"the router of MoE layer {layer} gives NaN; lower the learning rate")
             unit_XE = probability_RE
             if self._options.unit == "row":
-                unit_XE = _row_means(self._family.probabilities(logits_RE.double()), routing.valid_BT)
+                unit_XE = _row_means(all_RE, routing.valid_BT)
             score_E = importance(unit_XE, self._options.mixture)
-            values.append(self._options.value(unit_XE, score_E).cpu())
+            values.append(self._options.value(unit_XE[:, mine], score_E[mine]).cpu())
             used_LE[layer, chosen_Rk[valid_R].unique().cpu()] = True
             self._usage_LE[layer] += probability_RE.sum(0).cpu()
             self._score_LE[layer] += score_E.cpu()
