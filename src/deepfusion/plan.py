@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from rich.table import Table
+from transformers import PreTrainedConfig
 
 from deepfusion.config import RunConfig
 from deepfusion.devices import memory
@@ -79,7 +80,8 @@ def make_plan(config: RunConfig) -> Plan:
     """
     method, shapes = config.method, shapes_of(config)
     fleet = Counter(card.model.name for card in cards(config.devices, config.seed))
-    rows = tuple(_architecture(config, spec.name, fleet[spec.name], shapes) for spec in config.devices.models)
+    own, hosted = own_configs(config), hosted_configs(config)
+    rows = tuple(_architecture(config, name, fleet[name], own, hosted[name], shapes) for name in own)
     family, target = families[config.target.model_type], shapes.target
     parameters, domains, student = memory.num_parameters(target), None, shapes.student
     if isinstance(method, DeepFusion):
@@ -115,9 +117,11 @@ def _sum(parts: Iterable[int | None]) -> int | None:
     return None if None in found else sum(part or 0 for part in found)
 
 
-def _architecture(config: RunConfig, name: str, count: int, shapes: Shapes) -> ArchitecturePlan:
-    own, length = own_configs(config), config.data.sequence_length
-    shape, traffic = hosted_configs(config)[name], config.method.traffic(own[name], shapes)
+def _architecture(
+    config: RunConfig, name: str, count: int, own: Mapping[str, PreTrainedConfig], shape: PreTrainedConfig | None,
+    shapes: Shapes,
+) -> ArchitecturePlan:  # fmt: skip
+    length, traffic = config.data.sequence_length, config.method.traffic(own[name], shapes)
     limit = None if config.devices.memory_limit_gib is None else int(config.devices.memory_limit_gib * 2**30)
     need = memory.training_memory(shape, config.devices.training, length).total if shape else 0
     advice = ""

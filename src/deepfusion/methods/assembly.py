@@ -58,6 +58,12 @@ def family_and_config(site: Site) -> tuple[Family, PreTrainedConfig]:
     return family, family.ready_target(site.target.make(site.data.vocab_size, site.sequence_length, site.data.eos_id))
 
 
+def num_experts(site: Site) -> int:
+    """E, the target's routed experts."""
+    family, target = family_and_config(site)
+    return family.num_experts(target)
+
+
 def base(site: Site, slices: int = 1) -> Path:
     """M_0: the one base model that all students start from (method, section 8)."""
     family, target = family_and_config(site)

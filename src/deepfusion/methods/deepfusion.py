@@ -164,8 +164,7 @@ class DeepFusion:
 
     def slices(self, site: Site, domains: int) -> int:
         """Experts that are cut out of one student."""
-        family, moe = assembly.family_and_config(site)
-        return self.merge.slices(domains, family.num_experts(moe))
+        return self.merge.slices(domains, assembly.num_experts(site))
 
     def distil(self, site: Site, start: Path, teachers: Sequence[Sequence[Proxy]], texts: Sequence[Text]) -> list[Path]:
         """Phase II: one student a domain, all from one start; returns their folders."""
@@ -180,16 +179,8 @@ class DeepFusion:
                 out=folder,
             )  # fmt: skip
 
-        parts = (
-            self.recipe,
-            self.distill,
-            self.distillation,
-            self.generate,
-            site.target,
-            slices,
-            assembly.digests(start),
-        )
-        folder = site.keep("experts", make, *parts, site.folder.key("proxies"))
+        parts = (self.recipe, self.distill, self.distillation, self.generate, site.target, slices)
+        folder = site.keep("experts", make, *parts, assembly.digests(start), site.folder.key("proxies"))
         return [folder / str(k) for k in range(len(teachers))]
 
     def merge_students(self, site: Site, students: Sequence[Path], closeness_UK: np.ndarray) -> Path:

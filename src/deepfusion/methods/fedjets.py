@@ -140,7 +140,7 @@ class FedJets(rounds.Rounds):
             device: read_file(path, source=device).arrays[exchange.EMBEDDING].float() for device, path in files.items()
         }
         embedding_ND = torch.stack(list(found.values())).numpy()
-        experts = _num_experts(site)
+        experts = assembly.num_experts(site)
         if len(found) < experts:
             site.note(f"{len(found)} devices for {experts} experts: {experts - len(found)} experts have no anchor")
         clusters = KMeans(num_clusters=min(experts, len(found))).assign(
@@ -182,7 +182,7 @@ class FedJets(rounds.Rounds):
     ) -> dict[str, torch.Tensor]:
         """q of each device: how the gate would spread its text over the experts, as the common expert reads it."""
         sent = Payload("gate", gates, round=number)
-        experts = _num_experts(site)
+        experts = assembly.num_experts(site)
 
         def check(device_id: str, payload: Payload) -> None:
             q_E = payload.arrays.get("preference")
@@ -251,11 +251,6 @@ class FedJets(rounds.Rounds):
             return loss
 
         return penalty
-
-
-def _num_experts(site: Site) -> int:
-    family, target = assembly.family_and_config(site)
-    return family.num_experts(target)
 
 
 def _preferences(device: Device, request: Payload) -> Payload:

@@ -29,7 +29,7 @@ from deepfusion.methods.base import Site, Training, methods
 from deepfusion.methods.budget import Budget, Shapes, Traffic, Work, message
 from deepfusion.methods.budget import rows as rows_of
 from deepfusion.moe.routing import balance_penalty
-from deepfusion.stages.mutual import Predictions, best_of, index_type, learn, least_loss, predict
+from deepfusion.stages.mutual import Predictions, best_of, index_type, learn, least_loss, predict, tokens_of
 from deepfusion.training import derive_seed
 from deepfusion.types import Batch, Call, Payload
 
@@ -151,8 +151,16 @@ class FedMkt(rounds.Rounds):
             return {card.id: sent for card in self.participants(site, number)}
 
         def fold(model: PreTrainedModel, files: Mapping[str, Path]) -> dict[str, Any]:
-            losses = {device: float(_read(path).loss_S.mean()) for device, path in files.items()}
-            teacher = best_of(_sources(own[0], files))
+            losses: dict[str, float] = {}
+
+            def sources() -> Iterator[Predictions]:
+                yield own[0]
+                for device, path in files.items():
+                    found = _predictions(read_file(path, source=f"device {device}"))
+                    losses[device] = float(found.loss_S.mean())
+                    yield found
+
+            teacher = best_of(sources())
             learn(
                 model, text, teacher, mixture=self.mixture, temperature=self.temperature,
                 optimisation=self.tune.optimisation, seed=derive_seed(site.seed, "learn", number), label="learn",
@@ -198,18 +206,7 @@ def _predictions(payload: Payload) -> Predictions:
 
 def _text(request: Payload) -> Batch:
     ids, counted, valid = (request.arrays[name] for name in TEXT)
-    wide = ids.long()
-    return Batch(wide & 0xFFFF if ids.dtype is torch.int16 else wide, counted, valid)
-
-
-def _read(path: Path) -> Predictions:
-    return _predictions(read_file(path, source=str(path)))
-
-
-def _sources(own: Predictions, files: Mapping[str, Path]) -> Iterator[Predictions]:
-    yield own
-    for path in files.values():
-        yield _read(path)
+    return Batch(tokens_of(ids), counted, valid)
 
 
 def _admit(vocabulary: int, device_id: str, payload: Payload, request: Payload) -> None:

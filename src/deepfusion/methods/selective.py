@@ -25,8 +25,7 @@ from deepfusion.devices.fleet import DeviceCard, FleetOptions
 from deepfusion.devices.memory import num_parameters
 from deepfusion.errors import ModelError
 from deepfusion.federation.payload import read_metadata
-from deepfusion.methods import exchange, rounds
-from deepfusion.methods.assembly import family_and_config
+from deepfusion.methods import assembly, exchange, rounds
 from deepfusion.methods.base import Site, TargetOptions, Training
 from deepfusion.methods.budget import Traffic, message
 from deepfusion.methods.holding import TABLES, Means, check_returned, choose_hosted, fitting, held_of
@@ -131,7 +130,7 @@ class SelectiveRounds(rounds.RoundOptions):
         def fold(model: PreTrainedModel, files: Mapping[str, Path]) -> dict[str, Any]:
             return self._fold(model, files, means, hosts)
 
-        threshold = self._threshold(_num_experts(site)) if self.average == "selective" else None
+        threshold = self._threshold(assembly.num_experts(site)) if self.average == "selective" else None
         admit = partial(check_returned, shapes, threshold)
         return rounds.run_round(site, call, number, sent[-1], ask, fold, *self._key(), admit=admit)
 
@@ -141,12 +140,9 @@ class SelectiveRounds(rounds.RoundOptions):
 
     def means(self, site: Site) -> dict[str, Means]:
         """What each device may hold and train."""
-        family, target = family_and_config(site)
-        experts, layers, top = (
-            family.num_experts(target),
-            len(family.moe_layers(target)),
-            int(target.num_experts_per_tok),
-        )
+        family, target = assembly.family_and_config(site)
+        experts, layers = family.num_experts(target), len(family.moe_layers(target))
+        top = int(target.num_experts_per_tok)
         if self.budget == "memory":
             held = {card.id: fitting(site, card, target, experts, top) for card in site.cards}
             return {device: Means(count, layers * count) for device, count in held.items()}
@@ -195,20 +191,21 @@ class SelectiveRounds(rounds.RoundOptions):
         worth, scale = dict(zip(files, shares.weight_C.tolist(), strict=True)), float(shares.weight_C.sum())
         by_tokens = self.average == "fedavg" or not scale
 
-        def others() -> Iterator[tuple[str, State, float]]:
+        def weighed() -> Iterator[tuple[str, State, float]]:
+            """Each answer in two parts of different weight, which have no tensor in common."""
             for device, state, tokens in rounds.answers(files):
-                yield device, {name: tensor for name, tensor in state.items() if not ROUTER.search(name)}, tokens
+                gates = {name: tensor for name, tensor in state.items() if ROUTER.search(name)}
+                yield device, {name: tensor for name, tensor in state.items() if name not in gates}, tokens
+                if weight := tokens if by_tokens else worth[device]:
+                    yield device, gate_rows(gates, hosts[device]), weight
 
-        def routers() -> Iterator[tuple[str, State, float]]:
-            for device, state, tokens in rounds.answers(files):
-                if by_tokens or worth[device]:
-                    gates = {name: tensor for name, tensor in state.items() if ROUTER.search(name)}
-                    yield device, gate_rows(gates, hosts[device]), tokens if by_tokens else worth[device]
-
-        new, gates = average_present(others()), average_present(routers())
+        new = average_present(weighed())
         if self.gate_weights == "literal" and not by_tokens:
-            gates = {name: tensor * scale for name, tensor in gates.items()}
-        load_distinct(model, put_back(distinct_state(model), {**new, **gates}))
+            new = {
+                name: tensor * scale if ROUTER.search(name.partition(":")[0]) else tensor
+                for name, tensor in new.items()
+            }
+        load_distinct(model, put_back(distinct_state(model), new))
         return {
             "gate_scale": scale,
             "budgets": {device: found.budget for device, found in means.items()},
@@ -294,8 +291,3 @@ def _with_kept(device: Device, request: Payload) -> State:
         save_file(kept, partial_path, metadata={"round": str(request.round)})
         partial_path.replace(path)
     return sent
-
-
-def _num_experts(site: Site) -> int:
-    family, target = family_and_config(site)
-    return family.num_experts(target)

@@ -148,9 +148,8 @@ class _Plan:
                     bias[self._rows[name]] = old[f"self_attn.{name}_proj.bias"] * self._scale[name]
             if old:
                 weight = new[f"self_attn.{name}_proj.weight"]
-                weight[: self._heads[name], : self._channels] = (
-                    0  # heads that are new read all at random, and are not heard yet
-                )
+                # heads that are new read all at random, and are not heard yet
+                weight[: self._heads[name], : self._channels] = 0
                 weight[self._rows[name], : self._channels] = old[f"self_attn.{name}_proj.weight"] * self._scale[name]
         if old:
             output[: self._channels, self._columns] = old["self_attn.o_proj.weight"]

@@ -22,36 +22,24 @@ def routers(model: PreTrainedModel) -> list[nn.Module]:
     return [m for name, m in model.named_modules() if name.endswith(".mlp.gate")]
 
 
-@contextmanager
-def router_logits(model: PreTrainedModel) -> Generator[list[torch.Tensor]]:
+def router_logits(model: PreTrainedModel) -> AbstractContextManager[list[torch.Tensor]]:
     """Within it, a forward pass appends each MoE layer's router logits (B*T, E), in order, to the list; with gradient."""
-    seen: list[torch.Tensor] = []
-    with _router_hooks(model, lambda _module, _inputs, output: seen.append(output[0])):
-        yield seen
+    return _collected(model, lambda _inputs, output: output[0])
 
 
-@contextmanager
-def router_inputs(model: PreTrainedModel) -> Generator[list[torch.Tensor]]:
+def router_inputs(model: PreTrainedModel) -> AbstractContextManager[list[torch.Tensor]]:
     """Within it, a forward pass appends each MoE layer's router input (B*T, H), in order, to the list."""
-    seen: list[torch.Tensor] = []
-    with _router_hooks(model, lambda _m, inputs, _out: seen.append(inputs[0].reshape(-1, inputs[0].shape[-1]))):
-        yield seen
+    return _collected(model, lambda inputs, _output: inputs[0].reshape(-1, inputs[0].shape[-1]))
 
 
-@contextmanager
-def router_weights(model: PreTrainedModel) -> Generator[list[torch.Tensor]]:
+def router_weights(model: PreTrainedModel) -> AbstractContextManager[list[torch.Tensor]]:
     """Within it, a forward pass appends the weights (B*T, k) of each MoE layer's chosen experts, in order, to the list."""
-    seen: list[torch.Tensor] = []
-    with _router_hooks(model, lambda _module, _inputs, output: seen.append(output[1])):
-        yield seen
+    return _collected(model, lambda _inputs, output: output[1])
 
 
-@contextmanager
-def router_choices(model: PreTrainedModel) -> Generator[list[torch.Tensor]]:
+def router_choices(model: PreTrainedModel) -> AbstractContextManager[list[torch.Tensor]]:
     """Within it, a forward pass appends the indices (B*T, k) of each MoE layer's chosen experts, in order, to the list."""
-    seen: list[torch.Tensor] = []
-    with _router_hooks(model, lambda _module, _inputs, output: seen.append(output[2])):
-        yield seen
+    return _collected(model, lambda _inputs, output: output[2])
 
 
 class Routing(NamedTuple):
@@ -112,6 +100,14 @@ def force_experts(model: PreTrainedModel, family: Family, indices: Sequence[int]
 
     with _router_hooks(model, replace):
         yield
+
+
+@contextmanager
+def _collected(model: PreTrainedModel, pick: Callable[[Any, Any], torch.Tensor]) -> Generator[list[torch.Tensor]]:
+    """Within it, a forward pass appends what `pick(inputs, output)` takes of each router, in order, to the list."""
+    seen: list[torch.Tensor] = []
+    with _router_hooks(model, lambda _module, inputs, output: seen.append(pick(inputs, output))):
+        yield seen
 
 
 @contextmanager

@@ -38,13 +38,17 @@ class Predictions(NamedTuple):
 
     def tokens(self, rows: torch.Tensor) -> torch.Tensor:
         """Tokens of some rows, as int64."""
-        index = self.index_STK[rows].long()
-        return index & 0xFFFF if self.index_STK.dtype is torch.int16 else index
+        return tokens_of(self.index_STK[rows])
 
 
 def index_type(vocab_size: int) -> torch.dtype:
     """What token indices are sent as: two bytes where they suffice."""
     return torch.int16 if vocab_size <= 1 << 16 else torch.int32
+
+
+def tokens_of(index: torch.Tensor) -> torch.Tensor:
+    """Token indices as they are sent, as int64."""
+    return index.long() & 0xFFFF if index.dtype is torch.int16 else index.long()
 
 
 @torch.no_grad()
