@@ -69,6 +69,8 @@ def distill_folders(
     partial = out.with_name(out.name + ".partial")
     _check(out, partial, options, resume=resume)
     config = read_config(student)
+    for teacher in teachers:  # or the first of the work would be done before one is missed
+        read_config(teacher)
     corpus = corpus_from_files(data, "public", student, text=text, prompt=prompt, answer=answer)
     arguments = [
         sorted(map(str, teachers)),

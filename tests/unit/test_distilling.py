@@ -96,3 +96,9 @@ def test_what_cannot_be_done_says_why(world: Path, tmp_path: Path) -> None:
     save(from_config(config("llama-pico"), 1), tmp_path / "stranger", other)
     with pytest.raises(ModelError, match=r"stranger"):
         run(world, tmp_path / "x", "gpt2-pico", teachers=[tmp_path / "stranger"])
+
+
+def test_a_teacher_that_is_not_there_is_missed_before_anything_is_begun(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no model there"):
+        run(world, tmp_path / "taught", "gpt2-pico", teachers=[world / "nobody"])
+    assert list(tmp_path.iterdir()) == []
