@@ -72,19 +72,9 @@ def distill_folders(
     for teacher in teachers:  # or the first of the work would be done before one is missed
         read_config(teacher)
     corpus = corpus_from_files(data, "public", student, text=text, prompt=prompt, answer=answer)
-    arguments = [
-        sorted(map(str, teachers)),
-        str(student),
-        data,
-        text,
-        prompt,
-        answer,
-        sequence_length,
-        asdict(options),
-        seed,
-    ]
+    arguments = sorted(map(str, teachers)), str(student), data, text, prompt, answer, sequence_length
     partial.mkdir(parents=True, exist_ok=True)
-    scratch = partial / key_of(*arguments)[:12]
+    scratch = partial / key_of(*arguments, asdict(options), seed)[:12]
     proxies = [Proxy(0, folder.name, folder, 0, (), 1 / len(teachers)) for folder in teachers]
     history = distill(
         student, [proxies], [PackedText(corpus, sequence_length, derive_seed(seed, "text"))],
