@@ -33,7 +33,7 @@ from deepfusion.record import (
     Record,
     RoundRecord,
 )  # fmt: skip
-from deepfusion.run import Notes, hosted_configs, private_corpus, shapes_of, trainings, versions
+from deepfusion.run import Notes, largest_trainings, private_corpus, shapes_of, trainings, versions
 from deepfusion.stages.evaluate import Score, by_domain, expert_load, mutual_information, score_documents, total
 from deepfusion.stages.local import steps_for
 from deepfusion.stages.proxy import load_proxies, load_upload
@@ -236,20 +236,18 @@ def _group(items: list[ModelMetrics]) -> Group | None:
 
 
 def _devices(config: RunConfig, site: Site, ledger: Ledger, clusters: ClusterRecord | None) -> list[DeviceRecord]:
-    shapes = hosted_configs(config)
+    largest = largest_trainings(config)
     sent, telemetry = ledger.by_device("up"), ledger.telemetry()
     found: list[DeviceRecord] = []
     for card in site.cards:
-        corpus, shape = private_corpus(config, site.data, card.id), shapes[card.model.name]
+        corpus, hosted = private_corpus(config, site.data, card.id), largest[card.model.name]
         seconds, peak = telemetry.get(card.id, (None, None))
         tokens = np.bincount(corpus.domain_U, weights=corpus.lengths_U, minlength=len(corpus.domains))
         found.append(DeviceRecord(
             id=card.id,
             architecture=card.model.name,
-            parameters=memory.num_parameters(shape) if shape else 0,
-            estimated_memory_bytes=memory.training_memory(shape, config.devices.training, site.sequence_length).total
-            if shape
-            else 0,
+            parameters=memory.num_parameters(hosted.model) if hosted else 0,
+            estimated_memory_bytes=hosted.memory(config.devices.training, site.sequence_length) if hosted else 0,
             peak_memory_bytes=peak,
             upload_bytes=sent.get(card.id, 0),
             cluster=clusters.labels.get(card.id) if clusters else None,

@@ -15,9 +15,10 @@ from deepfusion.config import RunConfig
 from deepfusion.devices import memory
 from deepfusion.devices.fleet import cards
 from deepfusion.methods import DeepFusion, methods
+from deepfusion.methods.base import Training
 from deepfusion.methods.budget import Shapes
 from deepfusion.moe import families
-from deepfusion.run import hosted_configs, own_configs, shapes_of
+from deepfusion.run import largest_trainings, own_configs, shapes_of
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def make_plan(config: RunConfig) -> Plan:
     """
     method, shapes = config.method, shapes_of(config)
     fleet = Counter(card.model.name for card in cards(config.devices, config.seed))
-    own, hosted = own_configs(config), hosted_configs(config)
+    own, hosted = own_configs(config), largest_trainings(config)
     rows = tuple(_architecture(config, name, fleet[name], own, hosted[name], shapes) for name in own)
     family, target = families[config.target.model_type], shapes.target
     parameters, domains, student = memory.num_parameters(target), None, shapes.student
@@ -118,20 +119,19 @@ def _sum(parts: Iterable[int | None]) -> int | None:
 
 
 def _architecture(
-    config: RunConfig, name: str, count: int, own: Mapping[str, PreTrainedConfig], shape: PreTrainedConfig | None,
+    config: RunConfig, name: str, count: int, own: Mapping[str, PreTrainedConfig], hosted: Training | None,
     shapes: Shapes,
 ) -> ArchitecturePlan:  # fmt: skip
     length, traffic = config.data.sequence_length, config.method.traffic(own[name], shapes)
     limit = None if config.devices.memory_limit_gib is None else int(config.devices.memory_limit_gib * 2**30)
-    need = memory.training_memory(shape, config.devices.training, length).total if shape else 0
+    need = hosted.memory(config.devices.training, length) if hosted else 0
     advice = ""
-    if shape and limit is not None and need > limit:
-        others = list(own.items()) if shape == own[name] else []
-        advice = memory.what_would_fit(shape, config.devices.training, length, limit, others)
+    if hosted and limit is not None and need > limit:
+        advice = hosted.what_would_fit(config.devices.training, length, limit, own)
     return ArchitecturePlan(
         name=name,
         devices=count,
-        parameters=memory.num_parameters(shape) if shape else 0,
+        parameters=memory.num_parameters(hosted.model) if hosted else 0,
         memory_bytes=need,
         limit_bytes=limit,
         advice=advice,

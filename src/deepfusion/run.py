@@ -86,16 +86,14 @@ def check_memory(config: RunConfig) -> None:
 def too_large(config: RunConfig) -> dict[str, str]:
     """The devices that cannot hold what they would train in their stated memory, and what would fit."""
     length, training = config.data.sequence_length, config.devices.training
-    own, hosted = own_configs(config), hosted_configs(config)
-    needs = {name: memory.training_memory(s, training, length).total if s else 0 for name, s in hosted.items()}
+    own, largest = own_configs(config), largest_trainings(config)
+    needs = {name: found.memory(training, length) for name, found in largest.items() if found}
     found: dict[str, str] = {}
     for card in cards(config.devices, config.seed):
-        shape, limit = hosted[card.model.name], card.memory_limit_bytes
-        need = needs[card.model.name]
-        if shape is not None and limit is not None and need > limit:
-            what = card.model.name if shape == own[card.model.name] else shape.model_type
-            others = list(own.items()) if shape == own[card.model.name] else []
-            cure = memory.what_would_fit(shape, training, length, limit, others)
+        hosted, limit = largest[card.model.name], card.memory_limit_bytes
+        if hosted and limit is not None and (need := needs[card.model.name]) > limit:
+            what = card.model.name if hosted.model == own[card.model.name] else hosted.model.model_type
+            cure = hosted.what_would_fit(training, length, limit, own)
             found[card.id] = f"({what}) needs {memory.gib(need)} of {memory.gib(limit)}: {cure}"
     return found
 
@@ -112,10 +110,13 @@ def trainings(config: RunConfig) -> dict[str, tuple[Training, ...]]:
     return {name: config.method.trainings(own, target) for name, own in own_configs(config).items()}
 
 
-def hosted_configs(config: RunConfig) -> dict[str, PreTrainedConfig | None]:
-    """Configuration of the largest model that a device of each architecture trains; None where it trains none."""
-    models_of = {name: [training.model for training in found] for name, found in trainings(config).items()}
-    return {name: max(found, key=memory.num_parameters, default=None) for name, found in models_of.items()}
+def largest_trainings(config: RunConfig) -> dict[str, Training | None]:
+    """The training of a device of each architecture that takes most memory; None where it trains nothing."""
+    training, length = config.devices.training, config.data.sequence_length
+    return {
+        name: max(found, key=lambda one: one.memory(training, length), default=None)
+        for name, found in trainings(config).items()
+    }
 
 
 def shapes_of(config: RunConfig) -> Shapes:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from deepfusion.app import launch
 from deepfusion.artifacts import RunFolder
@@ -18,10 +19,12 @@ from deepfusion.data.prepare import load_prepared
 from deepfusion.devices import models
 from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import cards
-from deepfusion.devices.memory import training_memory
+from deepfusion.devices.memory import num_parameters
 from deepfusion.errors import ConfigError, ModelError, UploadError
 from deepfusion.methods import HFedMoE
+from deepfusion.methods.base import Training
 from deepfusion.methods.holding import TABLES, check_returned
+from deepfusion.methods.learning import ADAPTERS, Adapters, Everything
 from deepfusion.methods.rounds import read_round
 from deepfusion.moe.base import ROUTER
 from deepfusion.moe.hosting import apart, expert_of, with_experts
@@ -123,6 +126,53 @@ def test_the_page_shows_the_rounds(run: tuple[Path, Record]) -> None:
     assert f"<td>{100 * told.trained:.0f}%</td>" in page
 
 
+@pytest.fixture(scope="module")
+def adapted(root: Path) -> Path:
+    launch(parse_config(tree_of(root, threshold=0.2, adapter_rank=2)), root / "adapted", until="rounds")
+    return root / "adapted"
+
+
+def test_with_adapters_the_model_is_sent_once_and_then_adapters_and_routers(adapted: Path) -> None:
+    whole = distinct_state(models.load(adapted / "start" / "merged"))
+    travelling = {
+        **load_file(adapted / "rounds" / "0" / ADAPTERS),
+        **{n: t for n, t in whole.items() if ROUTER.search(n)},
+    }
+    parts, routers = apart(travelling), sum(4 * t.numel() for n, t in whole.items() if ROUTER.search(n))
+    common = size({name: tensor for name, tensor in parts.items() if expert_of(name) is None})
+    expert = size({name: tensor for name, tensor in parts.items() if expert_of(name) == (0, 0)})
+    fresh = Adapters(2, 0)
+    config = models.load(adapted / "start" / "merged").config
+    assert size(parts) == 4 * fresh.num_parameters(config) < num_parameters(config), "a quarter of the whole model"
+    tables = sum(2 * 4 * dtype.itemsize for dtype in TABLES.values())
+    for row in ledger(adapted):
+        said = read_round(adapted / "rounds" / str(row["round"]))
+        if row["direction"] == "up":
+            due = common + said["devices"][row["device"]]["uploaded"] * expert + tables
+        elif row["round"] == 0:
+            due = size(whole) - routers + size(parts)
+        else:
+            sent = {n for told in read_round(adapted / "rounds" / "0")["devices"].values() for n in told["hosted"][0]}
+            due = common + len(sent) * 2 * expert
+            assert row["bytes"] <= due + 12_000, "at most what has changed"
+            continue
+        assert due < row["bytes"] < due + 16_000, row
+
+
+def test_with_adapters_a_round_s_model_is_the_first_one_and_their_products(adapted: Path) -> None:
+    first, last = (distinct_state(models.load(adapted / name)) for name in ("start/merged", "rounds/1"))
+    adapters = load_file(adapted / "rounds" / "1" / ADAPTERS)
+    moved = 0
+    for name, tensor in last.items():
+        if f"lora_A.{name}" in adapters:
+            product = adapters[f"lora_B.{name}"] @ adapters[f"lora_A.{name}"]
+            assert torch.equal(tensor, first[name] + product), name
+            moved += not torch.equal(tensor, first[name])
+        else:
+            assert torch.equal(tensor, first[name]) is not bool(ROUTER.search(name)), name
+    assert moved == 2 * 9, "of each layer four of attention, three of the shared expert, the experts' two"
+
+
 def test_a_round_that_a_crash_has_lost_comes_back_the_same(root: Path) -> None:
     folder, config = root / "crash", parse_config(tree_of(root, threshold=0.2))
     launch(config, folder, until="rounds")
@@ -186,7 +236,8 @@ def test_the_literal_weights_shrink_the_gate(root: Path, run: tuple[Path, Record
 def test_budgets_out_of_memory_are_what_fits(root: Path) -> None:
     config = parse_config(tree_of(root, host="subset", budget="memory"))
     target = config.target.make(400, 32, None)
-    needs = [training_memory(with_experts(target, n), config.devices.training, 32).total for n in (2, 3, 4)]
+    parts = [with_experts(target, n) for n in (2, 3, 4)]
+    needs = [Training(p, remade=Everything().num_remade(p)).memory(config.devices.training, 32) for p in parts]
     devices = replace(config.devices, memory_limit_gib=(needs[1] + 1) / 2**30)
     config = replace(config, devices=devices)
     site = make_site(config, RunFolder(root / "memory"), load_prepared(root / "full" / "data"))
@@ -301,6 +352,8 @@ def test_a_device_that_has_lost_its_experts_says_so(exchange: tuple[Device, Payl
     [
         ({"shares": [0.0, 1.0]}, r"shares = \[0.0, 1.0\]: every budget"),
         ({"threshold": 1.0}, "threshold = 1.0: not a probability"),
+        ({"adapter_rank": 0}, "adapter_rank = 0: nothing would learn"),
+        ({"adapter_rank": 8, "host": "subset"}, "adapter_rank: a device keeps what does not learn"),
         ({"budget": "memory"}, 'budget = "memory": a device that holds all experts'),
         ({"selection": {"mixture": 1.5}}, "mixture = 1.5: not between 0"),
         ({"selection": {"bottleneck": -1.0}}, "bottleneck = -1.0: must be finite"),

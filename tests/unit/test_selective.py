@@ -21,12 +21,16 @@ from deepfusion.moe.routing import Routing, watch_routing
 from deepfusion.stages.selective import (
     ExpertSelection,
     SelectOptions,
+    adapted_matrices,
     choose,
     divergence,
+    fresh_adapters,
     gate_shares,
     importance,
     separate_experts,
+    with_adapters,
 )
+from deepfusion.state_dicts import distinct_state
 from deepfusion.types import Batch
 
 
@@ -200,6 +204,58 @@ def test_what_is_learnt_is_in_the_stacked_tensors_afterwards() -> None:
     assert {n for n, _ in model.named_parameters()} == set(names)
     assert sorted(map(str, shapes)) == sorted(str(p.shape) for p in model.parameters())
     assert float(model.get_parameter("model.layers.1.mlp.experts.gate_up_proj").detach()[2].min()) == 7.0
+
+
+def test_fresh_adapters_change_nothing_and_the_model_is_afterwards_what_it_was() -> None:
+    model, batch = model_and_batch()
+    start, before = forward(model, batch).logits_BTV, {n: t.clone() for n, t in model.state_dict().items()}  # pyright: ignore[reportArgumentType]
+    adapters = fresh_adapters(distinct_state(model), 2, seed=0)
+    with adapted_matrices(model, adapters) as pieces:  # pyright: ignore[reportArgumentType]
+        assert torch.equal(forward(model, batch).logits_BTV, start)  # pyright: ignore[reportArgumentType]
+        learning = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert all("_A." in name or "_B." in name or name.endswith(".mlp.gate.weight") for name in learning)
+        with torch.no_grad():
+            pieces[1][2][1].fill_(7.0)  # B of gate_up_proj
+    assert float(adapters["lora_B.model.layers.1.mlp.experts.gate_up_proj"][2].min()) == 7.0
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
+def test_gradients_of_adapters_are_those_of_the_product() -> None:
+    """d loss / d B = dW A^T, d loss / d A = B^T dW, with dW the gradient of the whole weight."""
+    model, batch = model_and_batch()
+    adapters = fresh_adapters(distinct_state(model), 2, seed=0)
+    torch.manual_seed(3)
+    adapters = {n: torch.randn_like(t) * 0.05 if n.startswith("lora_B.") else t for n, t in adapters.items()}
+    moved = with_adapters(distinct_state(model), adapters)
+    frozen = {name: tensor.clone() for name, tensor in distinct_state(model).items()}
+    model.load_state_dict(moved, strict=False)
+    plain = one_step(model, batch, None)
+    model.load_state_dict(frozen, strict=False)
+    model.zero_grad()
+    with adapted_matrices(model, adapters) as pieces:  # pyright: ignore[reportArgumentType]
+        one_step(model, batch, None)
+        for layer, experts in enumerate(pieces):
+            name = f"model.layers.{layer}.mlp.experts.down_proj"
+            gradient_EHI = plain[name]
+            assert gradient_EHI is not None
+            for index, (_, _, down, up) in enumerate(experts):
+                assert down.grad is not None
+                assert up.grad is not None
+                assert torch.allclose(up.grad, gradient_EHI[index] @ down.detach().T, atol=1e-6)
+                assert torch.allclose(down.grad, up.detach().T @ gradient_EHI[index], atol=1e-6)
+
+
+def test_adapters_of_experts_that_are_not_chosen_do_not_learn() -> None:
+    model, batch = model_and_batch()
+    adapters = fresh_adapters(distinct_state(model), 2, seed=0)
+    with adapted_matrices(model, adapters) as pieces:  # pyright: ignore[reportArgumentType]
+        chooser = ExpertSelection(model, pieces, SelectOptions(), 3, None)  # pyright: ignore[reportArgumentType]
+        one_step(model, batch, chooser)
+        learns = [[all(p.grad is not None for p in expert) for expert in layer] for layer in pieces]
+    assert torch.equal(torch.tensor(learns), chooser.count_LE.bool())
+    assert int(chooser.count_LE.sum()) == 3
 
 
 def test_a_router_of_nan_names_its_layer() -> None:

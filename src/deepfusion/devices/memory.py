@@ -22,7 +22,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from deepfusion.devices.features import num_blocks
 from deepfusion.errors import MemoryLimitError
+from deepfusion.state_dicts import distinct_state
 from deepfusion.training import Optimisation
+from deepfusion.types import State
 
 EXPERT_KEYS = ("num_experts", "n_routed_experts", "num_local_experts")
 LOGIT_COPIES = 3
@@ -38,9 +40,9 @@ class MemoryEstimate:
     """Bytes that training needs, by kind, beside what the interpreter and its libraries take anyway (about 0.4 GiB).
 
     Attributes:
-        weights: parameters, float32.
-        gradients: of all parameters.
-        optimiser: AdamW's two moments.
+        weights: parameters, float32, and what is made of them anew in each forward pass.
+        gradients: of all parameters that learn.
+        optimiser: AdamW's two moments of these.
         activations: what a forward pass keeps for its backward pass.
         logits: `LOGIT_COPIES` arrays over the vocabulary.
         total: the peak, with what the allocator wastes; not the sum, as gradients appear while activations disappear.
@@ -57,6 +59,11 @@ class MemoryEstimate:
 def num_parameters(config: PreTrainedConfig) -> int:
     """Parameters of the model, tied ones counted once."""
     return sum(p.numel() for p in _skeleton(config).parameters())
+
+
+def skeleton_state(config: PreTrainedConfig) -> State:
+    """The model's distinct tensors as meta tensors: names and shapes without numbers."""
+    return distinct_state(_skeleton(config))
 
 
 def num_active_parameters(config: PreTrainedConfig) -> int:
@@ -86,11 +93,22 @@ def upload_bytes(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -
     return num_parameters(config) * dtype.itemsize
 
 
-def training_memory(config: PreTrainedConfig, optimisation: Optimisation, sequence_length: int) -> MemoryEstimate:
+def training_memory(
+    config: PreTrainedConfig,
+    optimisation: Optimisation,
+    sequence_length: int,
+    *,
+    learns: int | None = None,
+    remade: int = 0,
+) -> MemoryEstimate:
     """Peak memory of AdamW training in float32, with activations in bf16 where `optimisation` asks for that.
 
     The peak is either where the loss is taken (activations and logits are all there) or where the backward pass ends
     (all gradients are there, and for tied embeddings two more of their size, until autograd has added them up).
+
+    Args:
+        learns: how many numbers learn; None for all parameters. Where it is given, the embeddings are not among them.
+        remade: how many weights are made anew in each forward pass and kept until its backward pass is over.
     """
     parameters = num_parameters(config)
     on_gpu = torch.cuda.is_available()
@@ -101,8 +119,11 @@ def training_memory(config: PreTrainedConfig, optimisation: Optimisation, sequen
     )  # fmt: skip
     vocabulary = int(config.vocab_size)
     one_array = optimisation.batch_size * sequence_length * vocabulary * (2 if bf16 else 4)
-    tied = 2 * 4 * vocabulary * int(config.hidden_size) if config.tie_word_embeddings else 0
-    weights, gradients, optimiser = 4 * parameters, 4 * parameters, 8 * parameters
+    tied = 2 * 4 * vocabulary * int(config.hidden_size) if config.tie_word_embeddings and learns is None else 0
+    learning, beside = (
+        (parameters, 0) if learns is None else (learns, learns)
+    )  # adapters are there beside the parameters
+    weights, gradients, optimiser = 4 * (parameters + beside + remade), 4 * learning, 8 * learning
     at_the_loss = activations + LOGIT_COPIES * one_array + (gradients if optimisation.accumulate > 1 else 0)
     at_the_end = gradients + tied + 2 * one_array
     total = weights + optimiser + int(max(at_the_loss, at_the_end) * (1.0 if on_gpu else CPU_ALLOCATOR))
@@ -138,6 +159,9 @@ def what_would_fit(
     sequence_length: int,
     limit: int,
     others: Sequence[tuple[str, PreTrainedConfig]],
+    *,
+    learns: int | None = None,
+    remade: int = 0,
 ) -> str:
     """A sentence on how to stay below `limit` bytes: checkpointing, a smaller batch, another of the fleet's architectures."""
     ways = [name for name, other in others if training_memory(other, optimisation, sequence_length).total <= limit]
@@ -148,7 +172,7 @@ def what_would_fit(
         for checkpointing in (optimisation.gradient_checkpointing, True)
     )
     for candidate in candidates:
-        need = training_memory(config, candidate, sequence_length).total
+        need = training_memory(config, candidate, sequence_length, learns=learns, remade=remade).total
         if need <= limit:
             also = " with gradient_checkpointing = true" if candidate.gradient_checkpointing else ""
             ways.insert(0, f"batch_size = {candidate.batch_size}{also} ({gib(need)})")

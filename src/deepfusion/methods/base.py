@@ -16,6 +16,7 @@ from deepfusion.data.options import DataOptions
 from deepfusion.data.prepare import PreparedData
 from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import DeviceCard, FleetOptions
+from deepfusion.devices.memory import training_memory, what_would_fit
 from deepfusion.devices.models import check_reach, make_config, read_config
 from deepfusion.devices.presets import PRESETS
 from deepfusion.errors import ModelError
@@ -153,11 +154,27 @@ class Training(NamedTuple):
         model: what is trained.
         share: of the steps that reading the device's text takes, over all rounds; below 1 where devices sit rounds out.
         public_rows: sequences of public text that it reads besides, for the FLOPs; the device's budget is of private text.
+        learns, remade: see `training_memory`.
     """
 
     model: PreTrainedConfig
     share: float = 1.0
     public_rows: int = 0
+    learns: int | None = None
+    remade: int = 0
+
+    def memory(self, optimisation: Optimisation, sequence_length: int) -> int:
+        """Bytes at its peak."""
+        return training_memory(self.model, optimisation, sequence_length, learns=self.learns, remade=self.remade).total
+
+    def what_would_fit(
+        self, optimisation: Optimisation, sequence_length: int, limit: int, own: Mapping[str, PreTrainedConfig]
+    ) -> str:
+        """A sentence on how to stay below `limit` bytes; another architecture of `own` helps only who trains one of them."""
+        others = list(own.items()) if self.model in own.values() else []
+        return what_would_fit(
+            self.model, optimisation, sequence_length, limit, others, learns=self.learns, remade=self.remade
+        )
 
 
 class Method(Protocol):

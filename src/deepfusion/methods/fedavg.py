@@ -51,7 +51,7 @@ class FedAvg(rounds.Rounds):
             sent = rounds.request(distinct_state(model), model.config, self.rounds)
             return {card.id: sent for card in self.participants(site, number)}
 
-        def fold(model: PreTrainedModel, files: Mapping[str, Path]) -> dict[str, Any]:
+        def fold(model: PreTrainedModel, files: Mapping[str, Path], _folder: Path) -> dict[str, Any]:
             load_distinct(model, average(rounds.answers(files)))
             return {}
 

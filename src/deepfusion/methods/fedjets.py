@@ -169,7 +169,7 @@ class FedJets(rounds.Rounds):
                 requests[device] = replace(sent, metadata={**sent.metadata, **told})
             return requests
 
-        def fold(model: PreTrainedModel, files: Mapping[str, Path]) -> dict[str, Any]:
+        def fold(model: PreTrainedModel, files: Mapping[str, Path], _folder: Path) -> dict[str, Any]:
             held = ((device, pieces(state, hosts[device]), tokens) for device, state, tokens in rounds.answers(files))
             load_distinct(model, put_back(distinct_state(model), average_present(held)))
             return {"hosted": hosts}

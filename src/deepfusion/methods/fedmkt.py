@@ -150,7 +150,7 @@ class FedMkt(rounds.Rounds):
             sent = Payload("logits", arrays, {"parts": self.rounds, "run": self._name(site)})
             return {card.id: sent for card in self.participants(site, number)}
 
-        def fold(model: PreTrainedModel, files: Mapping[str, Path]) -> dict[str, Any]:
+        def fold(model: PreTrainedModel, files: Mapping[str, Path], _folder: Path) -> dict[str, Any]:
             losses: dict[str, float] = {}
 
             def sources() -> Iterator[Predictions]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much of a MoE a device may hold and train, which experts, and what it may send back (HFedMoE, arXiv 2601.00583)."""
+"""How much of a MoE a device may hold and train, which experts, what it keeps and may send back (HFedMoE, arXiv 2601.00583)."""
 
 from __future__ import annotations
 
@@ -9,18 +9,24 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig
 
+from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import DeviceCard
 from deepfusion.devices.memory import training_memory
-from deepfusion.errors import UploadError
+from deepfusion.errors import ModelError, UploadError
 from deepfusion.federation.payload import check_state
 from deepfusion.methods.base import Site
+from deepfusion.methods.learning import FROZEN, Everything
 from deepfusion.moe.hosting import expert_of, with_experts
 from deepfusion.stages.proxy import MODEL
 from deepfusion.training import derive_seed
-from deepfusion.types import Payload
+from deepfusion.types import Payload, State
 
+KEPT = "experts.safetensors"
+"""What a device keeps of what it was sent last, in its scratch folder."""
 TOLERANCE = 1e-3
 """By how much probabilities may miss their sum."""
 TABLES = {"usage": torch.float32, "score": torch.float32, "count": torch.int32}
@@ -44,7 +50,10 @@ def fitting(site: Site, card: DeviceCard, target: PreTrainedConfig, experts: int
     if card.memory_limit_bytes is None:
         return experts
     for count in range(experts, top, -1):
-        need = training_memory(with_experts(target, count), site.fleet.training, site.sequence_length).total
+        part = with_experts(target, count)
+        need = training_memory(
+            part, site.fleet.training, site.sequence_length, remade=Everything().num_remade(part)
+        ).total
         if need <= card.memory_limit_bytes:
             return count
     return top
@@ -107,3 +116,32 @@ def check_returned(
             f"device {device_id}: it sent expert {expert} of layer {layer}, which it says that it did not use and train"
         )
         raise UploadError(f"{said}; send the experts that were used and trained")
+
+
+def with_kept(device: Device, sent: State, number: int, since: int) -> State:
+    """On the device: what it was sent in round `number` and, of what has not changed, its own copy, kept for the next round.
+
+    Args:
+        since: the round whose copy the server counts on; -1 where it has sent everything.
+
+    Raises:
+        ModelError: the device has not that copy.
+    """
+    path = device.scratch / KEPT if device.scratch else None
+    if since >= 0:
+        found = -1
+        if path is not None and path.exists():
+            with safe_open(path, framework="pt") as file:
+                found = int(file.metadata()["round"])
+        if path is None or not since <= found <= number:  # newer than counted on, when an answer got lost
+            raise ModelError(
+                f"{device.id} has not kept the experts of round {since}; begin a new run folder, so that they are sent again"
+            )
+        sent = {**load_file(path), **sent}
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = {name: t.contiguous() for name, t in sent.items() if expert_of(name) or name.startswith(FROZEN)}
+        partial_path = path.with_suffix(".partial")
+        save_file(kept, partial_path, metadata={"round": str(number)})
+        partial_path.replace(path)
+    return sent

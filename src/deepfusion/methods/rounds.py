@@ -37,8 +37,11 @@ from deepfusion.types import Call, Payload, State
 
 Ask = Callable[[PreTrainedModel], Mapping[str, Payload]]
 """`ask(model)`: this round's requests by device id, made of the model of the round before."""
-Fold = Callable[[PreTrainedModel, Mapping[str, Path]], Mapping[str, Any]]
-"""`fold(model, answers)`: make the last model the next one, in place, out of the files of the good answers."""
+Fold = Callable[[PreTrainedModel, Mapping[str, Path], Path], Mapping[str, Any]]
+"""`fold(model, answers, folder)`: make the last model the next one, in place, out of the files of the good answers.
+
+What the next round reads besides may be written to `folder`, the model's own; what is returned is told of the round.
+"""
 Admit = Callable[[str, Payload, Payload], None]
 """`admit(device, answer, request)` raises UploadError where an answer is not what was asked for."""
 ROUND = "round.json"
@@ -156,7 +159,7 @@ def run_round(
             (admit or _same_tensors)(device_id, payload, requests[device_id])
 
         files = exchange.spool_answers(site, call, requests, check, key, place)
-        told = fold(model, files)
+        told = fold(model, files, folder)
         models.save(model, folder, site.data.tokenizer)
         said = {"asked": list(requests), "answered": list(files), **told}
         (folder / ROUND).write_text(json.dumps(said))

@@ -16,32 +16,28 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from deepfusion.devices import models
 from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import DeviceCard, FleetOptions
 from deepfusion.devices.memory import num_parameters
-from deepfusion.errors import ModelError
 from deepfusion.federation.payload import read_metadata
 from deepfusion.methods import assembly, exchange, rounds
 from deepfusion.methods.base import Site, TargetOptions, Training
 from deepfusion.methods.budget import Traffic, message
-from deepfusion.methods.holding import TABLES, Means, check_returned, choose_hosted, fitting, held_of
+from deepfusion.methods.holding import TABLES, Means, check_returned, choose_hosted, fitting, held_of, with_kept
+from deepfusion.methods.learning import FROZEN, Adapters, Everything, Learning, learning_on
 from deepfusion.moe import families
 from deepfusion.moe.base import ROUTER
 from deepfusion.moe.hosting import apart, expert_of, gate_rows, put_back, sent_back, together, with_experts
 from deepfusion.moe.routing import balance_penalty
 from deepfusion.registry import Registry
 from deepfusion.stages.proxy import MODEL
-from deepfusion.stages.selective import ExpertSelection, SelectOptions, gate_shares, separate_experts
-from deepfusion.state_dicts import average_present, distinct_state, load_distinct
+from deepfusion.stages.selective import ExpertSelection, SelectOptions, gate_shares
+from deepfusion.state_dicts import average_present
 from deepfusion.training import derive_seed
 from deepfusion.types import Call, Payload, State
-
-KEPT = "experts.safetensors"
-"""The experts as the server last sent them, in a device's scratch folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +53,7 @@ class SelectiveRounds(rounds.RoundOptions):
         average: "selective" averages an expert over the devices that used and trained it, and the gate by how well they did;
             "fedavg" averages everything by the devices' tokens.
         gate_weights: "normalised" sum to 1; "literal" are those of eq. (20), which shrink the gate: for demonstration only.
+        adapter_rank: devices train adapters of this rank and the routers, and send only these; all weights when left out.
     """
 
     selection: SelectOptions = field(default_factory=SelectOptions)
@@ -66,6 +63,7 @@ class SelectiveRounds(rounds.RoundOptions):
     threshold: float | None = None
     average: Literal["selective", "fedavg"] = "selective"
     gate_weights: Literal["normalised", "literal"] = "normalised"
+    adapter_rank: int | None = None
 
     def faults(self) -> Iterator[str]:
         """What is wrong with the values, and the cure."""
@@ -74,6 +72,10 @@ class SelectiveRounds(rounds.RoundOptions):
             yield f"shares = {list(self.shares)}: every budget is a share of the experts; give numbers above 0, up to 1"
         if self.threshold is not None and not 0 <= self.threshold < 1:
             yield f"threshold = {self.threshold}: not a probability; give a number from 0, below 1"
+        if self.adapter_rank is not None and self.adapter_rank < 1:
+            yield f"adapter_rank = {self.adapter_rank}: nothing would learn; choose at least 1, or leave it out"
+        if self.adapter_rank is not None and self.host == "subset":
+            yield 'adapter_rank: a device keeps what does not learn, so it must hold all experts; set host = "full"'
         if self.budget == "memory" and self.host == "full":
             yield 'budget = "memory": a device that holds all experts has no choice; set host = "subset"'
 
@@ -91,17 +93,19 @@ class SelectiveRounds(rounds.RoundOptions):
         family, shape = families[str(target.model_type)], self.training_of(target).model
         rest = (family.num_experts(target) - family.num_experts(shape)) * int(target.hidden_size)
         layers = len(family.moe_layers(target))
-        each = num_parameters(shape) + rest * layers
+        each = self._learning(0).num_parameters(shape) + rest * layers
         tables = sum(dtype.itemsize for dtype in TABLES.values()) * family.num_experts(target) * layers
-        return Traffic(self.times(message(each)), self.times(message(each, tables)))
+        once = 0 if self.adapter_rank is None else 4 * num_parameters(target)
+        return Traffic(once + self.times(message(each)), self.times(message(each, tables)))
 
     def training_of(self, target: PreTrainedConfig) -> Training:
         """A device's training of the MoE: of all experts, of the largest budget's, or of the fewest that memory must hold."""
         experts, top = families[str(target.model_type)].num_experts(target), int(target.num_experts_per_tok)
-        if self.host == "full":
-            return Training(target, self.participation)
-        held = top if self.budget == "memory" else held_of(max(self.shares), experts, top)
-        return Training(with_experts(target, held), self.participation)
+        if self.host == "subset":
+            target = with_experts(target, top if self.budget == "memory" else held_of(max(self.shares), experts, top))
+        learning = self._learning(0)
+        learns = None if self.adapter_rank is None else learning.num_parameters(target)
+        return Training(target, self.participation, learns=learns, remade=learning.num_remade(target))
 
     # ------------------------------------------------------------------------------------------ on the server
 
@@ -117,9 +121,10 @@ class SelectiveRounds(rounds.RoundOptions):
     def _round(self, site: Site, call: Call, number: int, sent: Sequence[Path]) -> Path:
         means, shapes, hosts = self.means(site), dict[str, torch.Tensor](), dict[str, list[list[int]]]()
         told = [rounds.read_round(site.folder / "rounds" / str(n)) for n in range(number)]
+        learning = self._learning(site.seed)
 
         def ask(model: PreTrainedModel) -> dict[str, Payload]:
-            pieces = apart(distinct_state(model))
+            pieces = apart(learning.state(model, sent[-1], sent[0]))
             shapes.update({name: tensor.to("meta") for name, tensor in pieces.items()})
             before: dict[Path, State] = {}
             return {
@@ -127,8 +132,11 @@ class SelectiveRounds(rounds.RoundOptions):
                 for card in self.participants(site, number)
             }
 
-        def fold(model: PreTrainedModel, files: Mapping[str, Path]) -> dict[str, Any]:
-            return self._fold(model, files, means, hosts)
+        def fold(model: PreTrainedModel, files: Mapping[str, Path], folder: Path) -> dict[str, Any]:
+            state = learning.state(model, sent[-1], sent[0])
+            told = self._fold(state, files, means, hosts)
+            learning.settle(model, state, sent[0], folder)
+            return told
 
         threshold = self._threshold(assembly.num_experts(site)) if self.average == "selective" else None
         admit = partial(check_returned, shapes, threshold)
@@ -170,18 +178,20 @@ class SelectiveRounds(rounds.RoundOptions):
         wanted = {n: t for n, t in pieces.items() if (at := expert_of(n)) is None or at[1] in place[at[0]]}
         if self.host == "full" and last >= 0:
             if sent[last] not in before:
-                before[sent[last]] = apart(distinct_state(models.load(sent[last])))
+                learnt = self._learning(site.seed).state(models.load(sent[last]), sent[last], sent[0])
+                before[sent[last]] = apart(learnt)
             old = before[sent[last]]
             wanted = {n: t for n, t in wanted.items() if expert_of(n) is None or not torch.equal(t, old[n])}
+        frozen = {} if last >= 0 else self._learning(site.seed).frozen(sent[0])
+        wanted |= {FROZEN + name: tensor for name, tensor in frozen.items()}
         asked = rounds.request(wanted, with_experts(config, means.held), self.rounds)
         about = {"hosted": json.dumps(hosted), "budget": means.budget, "since": last if self.host == "full" else -1}
         return replace(asked, metadata={**asked.metadata, **about})
 
     def _fold(
-        self, model: PreTrainedModel, files: Mapping[str, Path], means: Mapping[str, Means],
-        hosts: Mapping[str, list[list[int]]],
-    ) -> dict[str, Any]:  # fmt: skip
-        """The next model: experts over those who used and trained them, the rest by tokens.
+        self, state: State, files: Mapping[str, Path], means: Mapping[str, Means], hosts: Mapping[str, list[list[int]]]
+    ) -> dict[str, Any]:
+        """Make `state` the next one: experts over those who used and trained them, the rest by tokens.
 
         Each row of a router is averaged over the devices that hold its expert, by the worth of their routers.
         """
@@ -193,9 +203,9 @@ class SelectiveRounds(rounds.RoundOptions):
 
         def weighed() -> Iterator[tuple[str, State, float]]:
             """Each answer in two parts of different weight, which have no tensor in common."""
-            for device, state, tokens in rounds.answers(files):
-                gates = {name: tensor for name, tensor in state.items() if ROUTER.search(name)}
-                yield device, {name: tensor for name, tensor in state.items() if name not in gates}, tokens
+            for device, came, tokens in rounds.answers(files):
+                gates = {name: tensor for name, tensor in came.items() if ROUTER.search(name)}
+                yield device, {name: tensor for name, tensor in came.items() if name not in gates}, tokens
                 if weight := tokens if by_tokens else worth[device]:
                     yield device, gate_rows(gates, hosts[device]), weight
 
@@ -205,7 +215,7 @@ class SelectiveRounds(rounds.RoundOptions):
                 name: tensor * scale if ROUTER.search(name.partition(":")[0]) else tensor
                 for name, tensor in new.items()
             }
-        load_distinct(model, put_back(distinct_state(model), new))
+        state.update(put_back(state, new))
         return {
             "gate_scale": scale,
             "budgets": {device: found.budget for device, found in means.items()},
@@ -222,6 +232,9 @@ class SelectiveRounds(rounds.RoundOptions):
             },
         }
 
+    def _learning(self, seed: int) -> Learning:
+        return Everything() if self.adapter_rank is None else Adapters(self.adapter_rank, seed)
+
     def _threshold(self, experts: int) -> float:
         return 0.5 / experts if self.threshold is None else self.threshold
 
@@ -230,12 +243,16 @@ class SelectiveRounds(rounds.RoundOptions):
     def client(self, device: Device, request: Payload) -> Payload:
         """Train the experts that are worth most to each batch, and send back those that were used."""
         hosted: list[list[int]] = json.loads(str(request.metadata["hosted"]))
-        pieces = _with_kept(device, request) if self.host == "full" else exchange.with_prefix(request, MODEL)
+        sent = exchange.with_prefix(request, MODEL)
+        if self.host == "full":
+            sent = with_kept(device, sent, request.round, int(request.metadata["since"]))
+        frozen = {name.removeprefix(FROZEN): tensor for name, tensor in sent.items() if name.startswith(FROZEN)}
+        pieces = {name: tensor for name, tensor in sent.items() if not name.startswith(FROZEN)}
         model = rounds.received_model(request)
         layers = families[model.config.model_type].moe_layers(model.config)
-        load_distinct(model, together(pieces, hosted, layers))
+        state = together(pieces, hosted, layers)
         balance = balance_penalty(model, self.balance) if self.balance else None
-        with separate_experts(model) as parameters:
+        with learning_on(model, state, frozen) as parameters:
             gates = [pieces[f"model.layers.{layer}.mlp.gate.weight"] for layer in layers]
             whole = None if self.host == "full" else list(zip(gates, hosted, strict=True))
             budget = int(request.metadata["budget"])
@@ -249,9 +266,8 @@ class SelectiveRounds(rounds.RoundOptions):
         sent_LE = torch.ones_like(tables["count"], dtype=torch.bool)
         if self.average == "selective":
             sent_LE = (tables["usage"] >= self._threshold(wide)) & (tables["count"] > 0)
-        state = sent_back(distinct_state(model), pieces, hosted, layers, sent_LE)
         told |= {"routed": int(chooser.routed_LE.sum())}
-        return rounds.answer(request, state, told, tables)
+        return rounds.answer(request, sent_back(state, pieces, hosted, layers, sent_LE), told, tables)
 
 
 continuations: Registry[SelectiveRounds] = Registry("continuation")
@@ -263,31 +279,8 @@ def _tables(path: Path) -> dict[str, Any]:
     with safe_open(path, framework="pt") as file:
         found: dict[str, Any] = {name: file.get_tensor(name) for name in TABLES}
         names = list(file.keys())
-    return {**found, "routed": read_metadata(path)["routed"], "uploaded": sum(1 for n in names if expert_of(n)) // 2}
-
-
-def _with_kept(device: Device, request: Payload) -> State:
-    """The tensors of the request and, of experts that have not changed, the device's own copy; kept for the next round.
-
-    Raises:
-        ModelError: the device has not the copy that the server counts on.
-    """
-    sent, since = exchange.with_prefix(request, MODEL), int(request.metadata["since"])
-    path = device.scratch / KEPT if device.scratch else None
-    if since >= 0:
-        found = -1
-        if path is not None and path.exists():
-            with safe_open(path, framework="pt") as file:
-                found = int(file.metadata()["round"])
-        if path is None or not since <= found <= request.round:  # newer than counted on, when an answer got lost
-            raise ModelError(
-                f"{device.id} has not kept the experts of round {since}; begin a new run folder, so that they are sent again"
-            )
-        sent = {**load_file(path), **sent}
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = {name: tensor.contiguous() for name, tensor in sent.items() if expert_of(name)}
-        partial_path = path.with_suffix(".partial")
-        save_file(kept, partial_path, metadata={"round": str(request.round)})
-        partial_path.replace(path)
-    return sent
+    return {
+        **found,
+        "routed": read_metadata(path)["routed"],
+        "uploaded": len({at for n in names if (at := expert_of(n))}),
+    }

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from deepfusion.moe import families
-from deepfusion.moe.base import EXPERT, LAYER, MATRICES, ROUTER
+from deepfusion.moe.base import EXPERT, LAYER, ROUTER
 from deepfusion.types import State
 
 _INDEX = re.compile(r"[0-9]{1,6}")
@@ -59,12 +59,14 @@ def together(pieces: Mapping[str, torch.Tensor], hosted: Sequence[Sequence[int]]
         layers: numbers of the MoE layers.
     """
     found = {name: tensor for name, tensor in pieces.items() if ":" not in name}
-    for number, experts in zip(layers, hosted, strict=True):
-        prefix = f"model.layers.{number}.mlp."
-        for matrix in MATRICES:
-            name = f"{prefix}experts.{matrix}"
-            found[name] = torch.stack([pieces[f"{name}:{e}"] for e in experts])
-        found[f"{prefix}gate.weight"] = found[f"{prefix}gate.weight"][list(experts)]
+    rows = {layer: list(experts) for layer, experts in zip(layers, hosted, strict=True)}
+    for name in sorted({name.partition(":")[0] for name in pieces.keys() - found.keys()}):
+        layer = LAYER.search(name)
+        assert layer, name
+        found[name] = torch.stack([pieces[f"{name}:{e}"] for e in rows[int(layer[1])]])
+    for number, experts in rows.items():
+        router = f"model.layers.{number}.mlp.gate.weight"
+        found[router] = found[router][experts]
     return found
 
 

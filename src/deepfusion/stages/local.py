@@ -71,7 +71,7 @@ def train_causal_lm(
         return {"loss": loss_sum / optimisation.accumulate}
 
     history = fit(
-        dict(model.named_parameters()),
+        {name: p for name, p in model.named_parameters() if p.requires_grad},
         backward,
         steps=steps,
         optimisation=optimisation,

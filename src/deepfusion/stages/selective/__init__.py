@@ -3,15 +3,28 @@
 
 from deepfusion.stages.selective.aggregation import GateShares, gate_shares
 from deepfusion.stages.selective.importance import SelectOptions, choose, divergence, importance
-from deepfusion.stages.selective.training import ExpertSelection, separate_experts
+from deepfusion.stages.selective.pieces import (
+    Pieces,
+    adapted_matrices,
+    fresh_adapters,
+    is_adapted,
+    separate_experts,
+    with_adapters,
+)
+from deepfusion.stages.selective.training import ExpertSelection
 
 __all__ = [
     "ExpertSelection",
     "GateShares",
+    "Pieces",
     "SelectOptions",
+    "adapted_matrices",
     "choose",
     "divergence",
+    "fresh_adapters",
     "gate_shares",
     "importance",
+    "is_adapted",
     "separate_experts",
+    "with_adapters",
 ]

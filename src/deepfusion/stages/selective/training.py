@@ -3,68 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from deepfusion.errors import ModelError
 from deepfusion.moe import families
-from deepfusion.moe.base import MATRICES
 from deepfusion.moe.routing import Penalty, Routing
 from deepfusion.stages.selective.importance import SelectOptions, choose, importance
-
-Pieces = list[list[list[nn.Parameter]]]
-"""The parameters of each layer's experts."""
-
-
-@contextmanager
-def separate_experts(model: PreTrainedModel) -> Generator[Pieces]:
-    """Within it every expert has parameters of its own, which an optimiser can leave alone; yields them.
-
-    The stacked tensors that transformers works with are made anew in each forward pass. On the way out they are
-    parameters again, with what was learnt.
-    """
-    modules = [module for name, module in model.named_modules() if name.endswith(".mlp.experts")]
-    hooks = [_take_apart(module) for module in modules]
-    try:
-        yield [[list(piece) for piece in zip(*_lists(module), strict=True)] for module in modules]
-    finally:
-        for module, handles in zip(modules, hooks, strict=True):
-            for handle in handles:
-                handle.remove()
-            for name, pieces in zip(MATRICES, _lists(module), strict=True):
-                module.__dict__.pop(name, None)
-                module.register_parameter(name, nn.Parameter(torch.stack([piece.detach() for piece in pieces])))
-                delattr(module, _list_name(name))
-
-
-def _take_apart(module: nn.Module) -> Any:
-    for name in MATRICES:
-        stacked = module.get_parameter(name).detach()
-        delattr(module, name)
-        module.register_module(_list_name(name), nn.ParameterList(piece.clone() for piece in stacked))
-
-    def stack(module: nn.Module, _inputs: Any) -> None:
-        for name, pieces in zip(MATRICES, _lists(module), strict=True):
-            setattr(module, name, torch.stack(list(pieces)))
-
-    def forget(module: nn.Module, _inputs: Any, _output: Any) -> None:
-        for name in MATRICES:  # autograd keeps what it needs, until the backward pass is over
-            module.__dict__.pop(name, None)
-
-    return module.register_forward_pre_hook(stack), module.register_forward_hook(forget)
-
-
-def _list_name(matrix: str) -> str:
-    return f"{matrix}_of_each"
-
-
-def _lists(module: nn.Module) -> list[nn.ParameterList]:
-    return [module.get_submodule(_list_name(name)) for name in MATRICES]  # pyright: ignore[reportReturnType]
+from deepfusion.stages.selective.pieces import Pieces
 
 
 class ExpertSelection:
