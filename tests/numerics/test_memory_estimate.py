@@ -17,9 +17,12 @@ pytestmark = [
 TRAIN = """
 import json, sys
 import torch
-from deepfusion.devices.memory import training_memory
+from contextlib import nullcontext
 from deepfusion.devices.models import config_of, from_config
+from deepfusion.methods.base import Training
+from deepfusion.methods.learning import Adapters, Everything, learning_on
 from deepfusion.stages.local import train_causal_lm
+from deepfusion.state_dicts import distinct_state
 from deepfusion.training import Optimisation
 from deepfusion.types import Batch, ModelSpec
 
@@ -38,12 +41,22 @@ def memory(key):
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
-def train(preset, vocab_size, tokens, **options):
+def train(preset, vocab_size, tokens, learns=None, **options):
     config = config_of(ModelSpec(name="m", preset=preset), vocab_size=vocab_size, positions=tokens, eos_id=0)
     optimisation = Optimisation(**options)
     noise = Noise(vocab_size, tokens)
-    train_causal_lm(from_config(config, 0), noise, steps=3, optimisation=optimisation, seed=0, label="m")
-    return training_memory(config, optimisation, tokens).total
+    model, pieces, training = from_config(config, 0), nullcontext(), Training(config)
+    if learns is not None:
+        learning = Adapters(learns, 0) if learns else Everything()
+        frozen = dict(distinct_state(model)) if learns else {}
+        state = learning.state(model, "", "")
+        pieces = learning_on(model, state, {n: t for n, t in frozen.items() if n not in state})
+        training = Training(
+            config, learns=learning.num_parameters(config) if learns else None, remade=learning.num_remade(config)
+        )
+    with pieces:
+        train_causal_lm(model, noise, steps=3, optimisation=optimisation, seed=0, label="m")
+    return training.memory(optimisation, tokens)
 
 preset, vocab_size, tokens, options = json.loads(sys.argv[1])
 train(preset.rsplit("-", 1)[0] + "-pico", 64, 16, **{**options, "batch_size": 2})  # so that all libraries are there
@@ -62,6 +75,8 @@ TRAININGS = [
     ("llama-small", 8192, 64, {"batch_size": 2, "precision": "fp32", "accumulate": 4}),
     ("gpt2-small", 8192, 256, {"batch_size": 8, "precision": "bf16"}),
     ("qwen2-moe-tiny", 2048, 128, {"batch_size": 8, "precision": "fp32"}),
+    ("qwen2-moe-small", 2048, 128, {"batch_size": 2, "precision": "fp32", "learns": 0}),  # HFedMoE: each expert by itself
+    ("qwen2-moe-small", 2048, 128, {"batch_size": 2, "precision": "fp32", "learns": 8}),  # adapters of rank 8
 ]
 
 
