@@ -18,6 +18,7 @@ from deepfusion.devices import memory, models
 from deepfusion.federation.ledger import Ledger
 from deepfusion.methods.base import Site, methods
 from deepfusion.methods.budget import rows
+from deepfusion.methods.gathering import ASKED
 from deepfusion.methods.rounds import ROUND
 from deepfusion.moe import families
 from deepfusion.record import (
@@ -197,7 +198,10 @@ def _baselines(
 def _budget(config: RunConfig, site: Site, devices: Sequence[DeviceRecord]) -> BudgetRecord:
     fleet, length, found = config.devices, site.sequence_length, trainings(config)
     read = flops = 0
-    for device in devices:
+    asked = (
+        json.loads(path.read_text()) if (path := site.folder / ASKED).exists() else [device.id for device in devices]
+    )
+    for device in (device for device in devices if device.id in asked):
         steps = steps_for(device.tokens, length, fleet.training, fleet.epochs, fleet.max_steps)
         for training in found[device.architecture]:
             mine = round(steps * training.share * rows(fleet.training) * length)

@@ -75,7 +75,12 @@ TRAININGS = [
     ("llama-small", 8192, 64, {"batch_size": 2, "precision": "fp32", "accumulate": 4}),
     ("gpt2-small", 8192, 256, {"batch_size": 8, "precision": "bf16"}),
     ("qwen2-moe-tiny", 2048, 128, {"batch_size": 8, "precision": "fp32"}),
-    ("qwen2-moe-small", 2048, 128, {"batch_size": 2, "precision": "fp32", "learns": 0}),  # HFedMoE: each expert by itself
+    (
+        "qwen2-moe-small",
+        2048,
+        128,
+        {"batch_size": 2, "precision": "fp32", "learns": 0},
+    ),  # HFedMoE: each expert by itself
     ("qwen2-moe-small", 2048, 128, {"batch_size": 2, "precision": "fp32", "learns": 8}),  # adapters of rank 8
 ]
 

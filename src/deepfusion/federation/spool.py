@@ -17,6 +17,9 @@ from deepfusion.types import Call, Payload
 Check = Callable[[str, Payload], None]
 """`check(device_id, payload)` raises UploadError when the upload is not what was asked for."""
 
+Open = Callable[[str, Payload], Payload]
+"""`open(device_id, payload)` makes of what arrived what is kept; raises UploadError when that cannot be done."""
+
 
 class Spool:
     """A folder of uploads: `<device>.safetensors` each, and `rejected/<device>.json` for those that were refused."""
@@ -53,7 +56,7 @@ class Spool:
         return read_file(self.path(device_id), source=f"device {device_id}")
 
     def put(self, device_id: str, payload: Payload) -> None:
-        """Write an upload, as the bytes in which it crossed the wire; it is on the disk when this returns."""
+        """Write an upload as one safetensors file; it is on the disk when this returns."""
         final = self.path(device_id)
         partial = self.folder / f".{device_id}.{os.getpid()}.partial"
         with open(partial, "wb") as file:
@@ -90,11 +93,22 @@ def _accept(device_id: str, payload: Payload) -> None:
     """The check that lets everything through that could be decoded."""
 
 
-def collect(call: Call, requests: Mapping[str, Payload], spool: Spool, check: Check = _accept) -> list[str]:
+def as_it_came(device_id: str, payload: Payload) -> Payload:
+    """What arrived is what is kept."""
+    return payload
+
+
+def collect(
+    call: Call, requests: Mapping[str, Payload], spool: Spool, check: Check = _accept, opened: Open = as_it_came
+) -> list[str]:
     """Bring the uploads of the devices into the spool, one at a time, and return who is in it, in order of `requests`.
 
     Only devices whose upload is not there yet are asked. An upload that `check` refuses is noted and left out; so is
     a second one of the same device, or one that nobody asked for.
+
+    Args:
+        check: of what is kept, in this run and in a resumed one.
+        opened: what is kept of an arrival.
 
     Raises:
         FederationError: no upload is left; says why the first one was refused.
@@ -103,7 +117,7 @@ def collect(call: Call, requests: Mapping[str, Payload], spool: Spool, check: Ch
     missing = {device_id: request for device_id, request in requests.items() if device_id not in have}
     if missing:
         try:
-            _bring(call, missing, spool, check, have)
+            _bring(call, missing, spool, check, opened, have)
         except FederationError:
             if not have:  # what a resumed run has already is as good as what arrives now
                 raise
@@ -114,7 +128,9 @@ def collect(call: Call, requests: Mapping[str, Payload], spool: Spool, check: Ch
     return [device_id for device_id in requests if device_id in have]
 
 
-def _bring(call: Call, missing: Mapping[str, Payload], spool: Spool, check: Check, have: set[str]) -> None:
+def _bring(
+    call: Call, missing: Mapping[str, Payload], spool: Spool, check: Check, opened: Open, have: set[str]
+) -> None:
     """Ask the missing devices and add those whose upload is good to `have`."""
     for device_id, payload in call(missing):
         if device_id not in missing or device_id in have:
@@ -122,6 +138,7 @@ def _bring(call: Call, missing: Mapping[str, Payload], spool: Spool, check: Chec
             spool.reject(device_id, f"device {device_id} answered {again}")
             continue
         try:
+            payload = opened(device_id, payload)
             check(device_id, payload)
         except UploadError as error:
             spool.reject(device_id, str(error))

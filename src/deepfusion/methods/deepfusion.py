@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -22,11 +23,14 @@ from deepfusion.data.options import DataOptions
 from deepfusion.data.packing import PackedText, document_batches
 from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import FleetOptions
-from deepfusion.devices.memory import forward_flops_per_token, num_parameters
+from deepfusion.devices.memory import forward_flops_per_token, num_parameters, skeleton_state
 from deepfusion.errors import ModelError
+from deepfusion.federation.formats import wire_bytes
 from deepfusion.methods import assembly, exchange, reading, rounds
 from deepfusion.methods.base import Site, TargetOptions, Training, methods, plugin, precision_faults
 from deepfusion.methods.budget import Budget, Shapes, Traffic, Work, message, rows
+from deepfusion.methods.gathering import Described, Gathering, UploadOptions, answer_with_model
+from deepfusion.methods.learning import ADAPTERS
 from deepfusion.methods.selective import SelectiveRounds, continuations
 from deepfusion.moe import families
 from deepfusion.stages import generate, merge, proxy, router, tune
@@ -46,6 +50,7 @@ class DeepFusion:
         recipe: "joint" trains shared layers once for all domains and merges exactly; "paper" trains K students.
         warm_start: [warm_start] checkpoints that devices start from.
         embed: [embed] how a device describes its text.
+        upload: [upload] how devices send their models.
         cluster: [cluster] how devices are grouped into domains.
         proxy: [proxy] how a group's models are averaged.
         generate: [generate] text that the teachers write.
@@ -65,6 +70,7 @@ class DeepFusion:
     recipe: Literal["joint", "paper"] = "joint"
     warm_start: exchange.WarmStart = field(default_factory=exchange.WarmStart)
     embed: Embedding = plugin(embeddings, "tfidf")
+    upload: UploadOptions = field(default_factory=UploadOptions)
     cluster: Clustering = plugin(clusterings)
     proxy: proxy.ProxyOptions = field(default_factory=proxy.ProxyOptions)
     generate: generate.GenerateOptions = field(default_factory=generate.GenerateOptions)
@@ -79,19 +85,17 @@ class DeepFusion:
         """Train the device's own model, describe its text by an embedding, and answer with both; later, train the MoE."""
         if self.continued and request.what == "model":
             return self.continued.client(device, request)
-        return exchange.answer_with_model(device, request, self.embed)
+        return answer_with_model(device, request, self.embed, self.upload)
 
     def server(self, site: Site, call: Call) -> Path:
         """Phases I, II and III (DeepFusion, Algorithm 1); returns the folder of the fused MoE."""
         published = self.embed.publish(site.data.public, site.seed)
         initials = exchange.initial_models(site, self.warm_start)
-        requests = exchange.ask_everyone(site, initials, published, send_weights=self.warm_start.steps > 0)
-        uploads = exchange.collect_uploads(site, call, requests, initials, self.embed.dimension, self.upload_key(site))
         document_UD = self.embed.embed_documents(site.data.public, published, site.seed)
-        if isinstance(self.embed, ServerProbe):
-            uploads = exchange.probe_uploads(site, self.embed, uploads, initials, document_UD)
-
-        clusters = self.find_domains(site, uploads)
+        gathering = Gathering(
+            site, call, self.embed, self.upload, initials, published, self.warm_start.steps > 0, self.upload_key(site)
+        )
+        uploads, clusters = gathering.gather(document_UD, partial(self.find_domains, site))
         closeness_UK = document_UD @ clusters.centroid_KD.T
         weights = reading.domain_weights(closeness_UK, self.distillation.text, self.distillation.text_temperature)
         teachers = self.average(site, uploads, clusters, initials, weights)
@@ -104,20 +108,22 @@ class DeepFusion:
     def upload_key(self, site: Site) -> str:
         """Hash of all that the uploads depend on."""
         return key_of(
-            "uploads", site.seed, site.data_key, site.fleet, self.warm_start, self.embed, site.sequence_length
+            "uploads",
+            site.seed,
+            site.data_key,
+            site.fleet,
+            self.warm_start,
+            self.embed,
+            self.upload,
+            site.sequence_length,
         )
 
-    def find_domains(self, site: Site, uploads: Sequence[Upload]) -> Clusters:
+    def find_domains(self, site: Site, found: Described) -> Clusters:
         """Phase I: group the devices by the cosine of their embeddings; written to `clusters.json`."""
-        embedding_ND = np.stack([upload.embedding_D for upload in uploads])
         clusters = self.cluster.assign(
-            embedding_ND,
-            tuple(upload.device_id for upload in uploads),
-            tuple(upload.architecture for upload in uploads),
-            seed=derive_seed(site.seed, "cluster"),
-            note=site.note,
+            found.embedding_ND, found.ids, found.architectures, seed=derive_seed(site.seed, "cluster"), note=site.note
         )
-        write_atomic(site.folder / "clusters.json", json.dumps(describe(clusters, embedding_ND)))
+        write_atomic(site.folder / "clusters.json", json.dumps(describe(clusters, found.embedding_ND)))
         site.reached("clusters")
         return clusters
 
@@ -206,7 +212,9 @@ class DeepFusion:
         last = self.continued.run(site, call, moe)
 
         def make(folder: Path) -> None:
-            shutil.copytree(last, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", rounds.ROUND))
+            shutil.copytree(
+                last, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", rounds.ROUND, ADAPTERS)
+            )
 
         return site.keep("moe", make, assembly.digests(last))
 
@@ -258,7 +266,7 @@ class DeepFusion:
         """The model up once with its embedding, after a warm start also down; with `[continue]` the rounds' MoE besides."""
         parameters = num_parameters(own)
         down = message(parameters if self.warm_start.steps else 0, exchange.published_bytes(self.embed))
-        up = message(parameters, 2 * self.embed.dimension)
+        up = message(0, wire_bytes(skeleton_state(own), self.upload.format) + 2 * self.embed.dimension)
         more = self.continued.traffic_of(shapes.target) if self.continued else Traffic(0, 0)
         return Traffic(down + more.down, up + more.up)
 
@@ -276,6 +284,8 @@ class DeepFusion:
         yield from precision_faults(parts)
         if self.continued:
             yield from self.continued.selection_faults(devices, target)
+        if self.upload.select == "medoids" and isinstance(self.embed, ServerProbe):
+            yield '[upload] select = "medoids": [embed] type = "probe" needs every model to embed a device; choose another type'
         family = families[target.model_type]
         size = devices.count + len(devices.named)
         vocabulary = data.tokenizer.vocab_size or None

@@ -4,33 +4,27 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from deepfusion.artifacts import file_digest, key_of, write_atomic
+from deepfusion.artifacts import key_of, write_atomic
 from deepfusion.data.packing import PackedText
 from deepfusion.devices import models
 from deepfusion.devices.device import Device
 from deepfusion.devices.memory import num_parameters
-from deepfusion.federation.payload import check_embedding, check_metadata, check_state, read_metadata
-from deepfusion.federation.spool import Check, Spool, collect
+from deepfusion.federation.spool import Check, Open, Spool, as_it_came, collect
 from deepfusion.methods.base import Site
-from deepfusion.stages import evaluate
-from deepfusion.stages.embed import Embedding, HashedTfidf, ServerProbe
+from deepfusion.stages.embed import Embedding, HashedTfidf
 from deepfusion.stages.local import Penalty, steps_for, train_causal_lm
-from deepfusion.stages.proxy import MODEL, load_upload
+from deepfusion.stages.proxy import MODEL
 from deepfusion.state_dicts import distinct_state, load_distinct
 from deepfusion.training import Optimisation, derive_seed
-from deepfusion.types import Call, ModelSpec, Payload, State, Upload
+from deepfusion.types import Call, ModelSpec, Payload, State
 
 PUBLISHED = "published/"
 """Prefix of what the server publishes for embeddings, in a request."""
@@ -121,15 +115,6 @@ def ask_everyone(
     return requests
 
 
-def answer_with_model(device: Device, request: Payload, embed: Embedding) -> Payload:
-    """On the device: start its own model as the request says, train it on its text, and answer with both."""
-    model = first_model(device, request)
-    told = train_here(device, model)
-    arrays = {MODEL + name: tensor.detach().cpu() for name, tensor in distinct_state(model).items()}
-    arrays[EMBEDDING] = describe_text(device, request, embed)
-    return Payload("model", arrays, {**told, "architecture": device.model.name})
-
-
 def first_model(device: Device, request: Payload) -> PreTrainedModel:
     """On the device: its own model before any training, with the weights of the request or else from the request's seed."""
     model = models.build(
@@ -188,92 +173,23 @@ def train_here(
     return told
 
 
-def collect_uploads(
-    site: Site, call: Call, requests: Mapping[str, Payload], initials: Mapping[str, Path], embedding_size: int, key: str
-) -> list[Upload]:
-    """Ask the devices whose upload is not on the disk yet, check each arrival; the good ones in the fleet's order.
-
-    Args:
-        key: hash of what the uploads depend on; uploads of another key are thrown away.
-    """
-    starts = {name: models.load(folder) for name, folder in initials.items()}
-    shapes = {name: {MODEL + key: t.to("meta") for key, t in distinct_state(m).items()} for name, m in starts.items()}
-    start_ids = {name: models.init_id(model) for name, model in starts.items()}
-    del starts
-    architectures = {card.id: card.model.name for card in site.cards}
-
-    def check(device_id: str, payload: Payload) -> None:
-        name = architectures[device_id]
-        check_metadata(payload, device_id, name, start_ids[name])
-        check_state({k: t for k, t in payload.arrays.items() if k != EMBEDDING}, shapes[name], device_id)
-        check_embedding(payload, embedding_size, device_id)
-
-    files = spool_answers(site, call, requests, check, key)
-    site.reached("uploads")
-    return [read_upload(path) for path in files.values()]
-
-
 def spool_answers(
-    site: Site, call: Call, requests: Mapping[str, Payload], check: Check, key: str, place: str = "uploads"
-) -> dict[str, Path]:
+    site: Site, call: Call, requests: Mapping[str, Payload], check: Check, key: str, place: str = "uploads",
+    opened: Open = as_it_came,
+) -> dict[str, Path]:  # fmt: skip
     """Ask the devices whose answer is not on the disk yet; the files of the good answers, in the order of `requests`.
 
     Args:
         check: see `collect`; what it refuses becomes a note of the run.
         key: hash of what the answers depend on; answers of another key are thrown away.
         place: folder of the answers within the run's.
+        opened: see `collect`.
     """
     spool = Spool(site.folder / place, key)
-    have = collect(call, requests, spool, check)
+    have = collect(call, requests, spool, check, opened)
     for device_id, reason in spool.rejected().items():
         site.note(f"upload of {device_id} was refused: {reason}")
     return {device_id: spool.path(device_id) for device_id in have}
-
-
-def read_upload(path: Path) -> Upload:
-    """What the server knows of an upload in the spool; its model stays on the disk."""
-    metadata = read_metadata(path)
-    with safe_open(path, framework="pt") as file:
-        embedding_D = file.get_tensor(EMBEDDING).float().numpy()
-    return Upload(
-        device_id=str(metadata["device"]),
-        architecture=str(metadata["architecture"]),
-        init_id=str(metadata["init_id"]),
-        path=path,
-        embedding_D=embedding_D,
-        num_tokens=int(metadata["tokens"]),
-    )
-
-
-def probe_uploads(
-    site: Site, embed: ServerProbe, uploads: Sequence[Upload], initials: Mapping[str, Path], document_UD: np.ndarray
-) -> list[Upload]:
-    """The uploads with the embeddings that the server gives them, by scoring each on public documents.
-
-    Args:
-        document_UD: embeddings of the public documents.
-    """
-    rows_Q = embed.probes(site.data.public, site.seed)
-    probes = site.data.public.select(rows_Q)
-    bytes_Q = np.maximum(1, [len(probes.text(index).encode()) for index in range(len(probes))])
-
-    def bits_Q(model: PreTrainedModel) -> np.ndarray:
-        scores = evaluate.score_documents(model, probes, site.sequence_length)
-        return np.asarray([score.nll for score in scores]) / bytes_Q / math.log(2)
-
-    def make(folder: Path) -> None:
-        first = {name: bits_Q(models.load(initials[name])) for name in {upload.architecture for upload in uploads}}
-        gains: list[np.ndarray] = []
-        for done, upload in enumerate(uploads, 1):
-            gains.append(first[upload.architecture] - bits_Q(load_upload(upload.path, initials[upload.architecture])))
-            site.progress("probe uploads", done, len(uploads), upload.device_id)
-        save_file({"gain_NQ": torch.from_numpy(np.stack(gains))}, folder / "gains.safetensors")
-
-    digests = {upload.device_id: file_digest(upload.path) for upload in uploads}
-    folder = site.folder.keep("probes", make, site.seed, embed, digests, site.data_key, site.sequence_length)
-    gain_NQ = load_file(folder / "gains.safetensors")["gain_NQ"].numpy()
-    embedding_ND = embed.embeddings_of(gain_NQ, document_UD[rows_Q])
-    return [replace(upload, embedding_D=row) for upload, row in zip(uploads, embedding_ND, strict=True)]
 
 
 def with_prefix(payload: Payload, prefix: str) -> State:
