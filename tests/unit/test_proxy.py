@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 from deepfusion.devices.models import from_config, load, save
 from deepfusion.errors import UploadError
 from deepfusion.stages import proxy
-from deepfusion.stages.proxy import MODEL, Judge, ProxyOptions, load_proxies, make_proxies
+from deepfusion.stages.proxy import MODEL, SCREENED, Judge, ProxyOptions, load_proxies, make_proxies
 from deepfusion.state_dicts import distinct_state
 from deepfusion.types import Clusters, Proxy, State, Upload
 
@@ -215,3 +216,76 @@ def test_memory_does_not_grow_with_the_number_of_devices(
     proxies_of(site, uploads, [0] * 12, tmp_path / "out")
     assert len(alive) == 12 * len(distinct_state(load(site["gpt2-pico"])))
     assert most <= 1, "more of an upload than the tensor looked at last is in memory when the next one is read"
+
+
+# ------------------------------------------------------------------------------------------------ hostile models
+
+
+@pytest.mark.parametrize("how", ["trimmed", "median", "krum"])
+def test_one_hostile_model_of_five_moves_a_robust_average_no_further_than_the_others_reach(
+    how: str, site: dict[str, Path], tmp_path: Path
+) -> None:
+    def scaled(state: State) -> None:
+        for tensor in state.values():
+            tensor.mul_(1e6)
+
+    good = [upload(site, tmp_path, i, "gpt2-pico", seed=i) for i in range(4)]
+    bad = upload(site, tmp_path, 4, "gpt2-pico", seed=4, change=scaled)
+    (tmp_path / "out").mkdir()
+    make_proxies(
+        [*good, bad], clusters_of([0] * 5), options=ProxyOptions(average=how, bad=0.2),  # type: ignore[arg-type]
+        initials={name: site[name] for name in ARCHITECTURES}, tokenizer_folder=site["tokenizer"],
+        judge=lambda _domain, _model: 0.0, out=tmp_path / "out",
+    )  # fmt: skip
+    (found,) = load_proxies(tmp_path / "out")
+    state = distinct_state(load(found.folder))
+    states = [load_file(u.path) for u in good]
+    for name, tensor in state.items():
+        stack = torch.stack([s[MODEL + name] for s in states])
+        assert bool((tensor <= stack.amax(0) + 1e-6).all()), name
+        assert bool((tensor >= stack.amin(0) - 1e-6).all()), name
+    assert len(found.members) == 5
+
+
+def screening(site: dict[str, Path], tmp_path: Path, nats: list[float], screen: float | None) -> list[Proxy]:
+    """Proxies of devices with these nats on their domain's text, of a start with 5 nats."""
+    values = iter([*([5.0] if screen is not None else []), *nats])
+    uploads = [upload(site, tmp_path, i, "gpt2-pico", seed=i) for i in range(len(nats))]
+    (tmp_path / "out").mkdir()
+    make_proxies(
+        uploads, clusters_of([0] * len(nats)), options=ProxyOptions(average="mean", screen=screen),
+        initials={name: site[name] for name in ARCHITECTURES}, tokenizer_folder=site["tokenizer"],
+        judge=lambda _domain, _model: next(values), out=tmp_path / "out",
+    )  # fmt: skip
+    return load_proxies(tmp_path / "out")
+
+
+def test_a_model_that_is_much_worse_than_its_start_is_left_out_and_named(site: dict[str, Path], tmp_path: Path) -> None:
+    (found,) = screening(site, tmp_path, [4.0, 5.4, 9.0, float("nan")], 0.5)
+    assert found.members == ("d0", "d1")
+    told = json.loads((tmp_path / "out" / SCREENED).read_text())
+    assert told.keys() == {"d2", "d3"}
+    assert told["d2"] == "d2 predicts its domain's public text at 9.00 nats, the weights that it started from at 5.00"
+
+
+def test_without_a_screen_everybody_counts(site: dict[str, Path], tmp_path: Path) -> None:
+    (found,) = screening(site, tmp_path, [4.0, 9.0], None)
+    assert found.members == ("d0", "d1")
+    assert json.loads((tmp_path / "out" / SCREENED).read_text()) == {}
+
+
+def test_a_domain_of_which_nobody_is_left_is_named(site: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UploadError, match=r"domain 0: no model is left \(d0 predicts .* raise \[proxy\] screen"):
+        screening(site, tmp_path, [9.0, 8.0], 0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (ProxyOptions(bad=0.5), "bad = 0.5: a majority cannot be borne"),
+        (ProxyOptions(average="krum", weights="tokens"), 'average = "krum" counts every model alike'),
+        (ProxyOptions(screen=float("nan")), "screen = nan: must be finite"),
+    ],
+)
+def test_options_that_cannot_work_are_named(options: ProxyOptions, said: str) -> None:
+    assert any(said in fault for fault in options.faults())

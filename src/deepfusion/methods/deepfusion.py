@@ -146,8 +146,10 @@ class DeepFusion:
 
         digests = {upload.device_id: file_digest(upload.path) for upload in uploads}
         options = self.distillation
-        read = (options.text, options.text_temperature, site.data_key) if self.proxy.average == "soup" else ()
+        read = (options.text, options.text_temperature, site.data_key) if self.proxy.judges else ()
         folder = site.keep("proxies", make, self.proxy, digests, clusters.label_N.tolist(), *read)
+        for reason in json.loads((folder / proxy.SCREENED).read_text()).values():
+            site.note(f"left out by [proxy] screen: {reason}")
         proxies = proxy.load_proxies(folder)
         return [[p for p in proxies if p.cluster == k] for k in range(clusters.num_clusters)]
 

@@ -6,21 +6,27 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from deepfusion.devices.models import load, save
 from deepfusion.errors import ModelError, UploadError
+from deepfusion.robust import robust_average
 from deepfusion.state_dicts import average, distinct_state, load_distinct
 from deepfusion.types import Clusters, Progress, Proxy, State, Upload, silent
 
 MODEL = "model/"
 """Prefix of the model's tensors in an upload."""
+
+SCREENED = "screened.json"
+"""Beside the proxies: why a device's model was left out, by its id."""
 
 Judge = Callable[[int, PreTrainedModel], float]
 """Log-perplexity of a model on a domain's public text."""
@@ -34,16 +40,22 @@ class ProxyOptions:
         average: "mean" of all models of a domain and architecture (paper). Models that were trained on unlike text can
             average to something worse than each, so "soup" averages a model only with such as do not make the result
             worse at the domain's public text (greedy soup, arXiv 2203.05482); what fits nowhere begins a soup of its own.
+            "trimmed", "median" and "krum" bear a minority of hostile models, see `robust_average`; groups must be large.
         soups: most proxies of one domain and architecture; the worst models that fit in none of them are left out.
         judged_on: public documents that models are compared on for a soup.
         weights: "uniform" counts every device alike (the paper), "tokens" by the tokens that it trained on (alike where
             no device of a group trained on any).
+        bad: share of a group that may be hostile, for "trimmed" and "krum".
+        screen: nats by which a model may predict its domain's public text worse than the weights that it started from; one that
+            is worse is left out, and named in the record. All are taken when left out.
     """
 
-    average: Literal["mean", "soup"] = "soup"
+    average: Literal["mean", "soup", "trimmed", "median", "krum"] = "soup"
     soups: int = 4
     judged_on: int = 128
     weights: Literal["uniform", "tokens"] = "uniform"
+    bad: float = 0.2
+    screen: float | None = None
 
     def faults(self) -> Iterator[str]:
         """What is wrong with the values, and the cure."""
@@ -51,6 +63,17 @@ class ProxyOptions:
             yield f"soups = {self.soups}: a domain needs a proxy; choose at least 1"
         if self.judged_on < 1:
             yield f"judged_on = {self.judged_on}: too few documents to compare models on; choose at least 1"
+        if not 0 <= self.bad < 0.5:
+            yield f"bad = {self.bad}: a majority cannot be borne; give a share from 0, below 0.5"
+        if self.weights == "tokens" and self.average in ("trimmed", "median", "krum"):
+            yield f'weights = "tokens": average = "{self.average}" counts every model alike; set weights = "uniform"'
+        if self.screen is not None and not math.isfinite(self.screen):
+            yield f"screen = {self.screen}: must be finite; leave it out to take all models"
+
+    @property
+    def judges(self) -> bool:
+        """Whether models are compared on public text."""
+        return self.average == "soup" or self.screen is not None
 
 
 def make_proxies(
@@ -63,13 +86,14 @@ def make_proxies(
 
     Args:
         initials: folder of each architecture's first weights, for its configuration.
-        judge: asked for average = "soup" only.
+        judge: asked where models are compared, see `ProxyOptions.judges`.
 
     Raises:
         UploadError: models of one architecture that started from different weights (averaging those means nothing),
-            are not of that architecture, or hold NaN or infinity; names the devices.
+            are not of that architecture, or hold NaN or infinity, or none of a domain passes `screen`; names the devices.
     """
     rows: list[dict[str, Any]] = []
+    screened: dict[str, str] = {}
     by_id = {upload.device_id: upload for upload in uploads}
     done = 0
     for cluster in range(clusters.num_clusters):
@@ -79,10 +103,15 @@ def make_proxies(
             group = [upload for upload in members if upload.architecture == architecture]
             _same_start(group)
             model = load(initials[architecture])
-            soups = [group] if options.average == "mean" else _soups(group, options, model, partial(judge, cluster))
+            group, alone = _screened(group, options, model, partial(judge, cluster), screened)
+            if not group:
+                continue
+            soups = (
+                _soups(group, alone, options, model, partial(judge, cluster)) if options.average == "soup" else [group]
+            )
             for number, soup in enumerate(soups, 1):
                 folder = f"cluster-{cluster}-{architecture}" + (f"-{number}" if number > 1 else "")
-                load_distinct(model, _mean(soup, options, distinct_state(model)))
+                load_distinct(model, _average(soup, options, distinct_state(model)))
                 save(model, out / folder, tokenizer_folder)
                 made.append({
                     "cluster": cluster, "architecture": architecture, "folder": folder,
@@ -91,34 +120,78 @@ def make_proxies(
                 })  # fmt: skip
             done += len(group)
             progress("average proxies", done, len(uploads), f"cluster-{cluster}-{architecture}")
+        if not made:
+            worst = "; ".join(screened[upload.device_id] for upload in members[:3])
+            raise UploadError(
+                f"domain {cluster}: no model is left ({worst}); raise [proxy] screen, or train the devices longer"
+            )
         by_tokens = any(row["num_tokens"] for row in made)
         parts = [row["num_tokens"] if by_tokens else len(row["members"]) for row in made]
         rows += [{**row, "weight": part / sum(parts)} for row, part in zip(made, parts, strict=True)]
+    (out / SCREENED).write_text(json.dumps(screened, indent=1), encoding="utf-8")
     (out / "proxies.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
+def _screened(
+    group: list[Upload], options: ProxyOptions, model: PreTrainedModel, judge: Callable[[PreTrainedModel], float],
+    screened: dict[str, str],
+) -> tuple[list[Upload], dict[str, float]]:  # fmt: skip
+    """The models of a group that are not much worse than their start, and each one's nats; adds the others to `screened`.
+
+    Args:
+        model: holds the group's first weights, and is used to try the others.
+    """
+    if not options.judges:
+        return group, {}
+    start, expected = math.inf if options.screen is None else judge(model), distinct_state(model)
+    alone = {upload.device_id: _nats(model, _mean([upload], options, expected), judge) for upload in group}
+    for upload in group:
+        if (nats := alone[upload.device_id]) > start + (options.screen or 0):
+            said = f"{upload.device_id} predicts its domain's public text at {nats:.2f} nats"
+            screened[upload.device_id] = f"{said}, the weights that it started from at {start:.2f}"
+    return [upload for upload in group if upload.device_id not in screened], alone
+
+
+def _nats(model: PreTrainedModel, state: State, judge: Callable[[PreTrainedModel], float]) -> float:
+    load_distinct(model, state)
+    value = judge(model)
+    return math.inf if math.isnan(value) else value
+
+
 def _soups(
-    group: Sequence[Upload], options: ProxyOptions, model: PreTrainedModel, judge: Callable[[PreTrainedModel], float]
-) -> list[list[Upload]]:
+    group: Sequence[Upload], alone: Mapping[str, float], options: ProxyOptions, model: PreTrainedModel,
+    judge: Callable[[PreTrainedModel], float],
+) -> list[list[Upload]]:  # fmt: skip
     """The models of a group, divided into those whose mean is a proxy, best first; `model` is used to try them."""
     expected = distinct_state(model)
-
-    def nats(uploads: Sequence[Upload]) -> float:
-        load_distinct(model, _mean(uploads, options, expected))
-        value = judge(model)
-        return math.inf if math.isnan(value) else value
-
-    alone = {upload.device_id: nats([upload]) for upload in group}
     soups: list[tuple[list[Upload], float]] = []
     for upload in sorted(group, key=lambda upload: alone[upload.device_id]):
         for index, (soup, best) in enumerate(soups):
-            if (together := nats([*soup, upload])) <= best:
+            if (together := _nats(model, _mean([*soup, upload], options, expected), judge)) <= best:
                 soups[index] = [*soup, upload], together
                 break
         else:
             if not soups or (len(soups) < options.soups and math.isfinite(alone[upload.device_id])):
                 soups.append(([upload], alone[upload.device_id]))
     return [soup for soup, _ in soups]
+
+
+def _average(group: Sequence[Upload], options: ProxyOptions, expected: State) -> State:
+    """A proxy's tensors out of its members'."""
+    if options.average in ("mean", "soup"):
+        return _mean(group, options, expected)
+    with ExitStack() as opened:
+        files = [opened.enter_context(safe_open(upload.path, framework="pt")) for upload in group]
+        for file, upload in zip(files, group, strict=True):
+            names = [name.removeprefix(MODEL) for name in file.keys() if name.startswith(MODEL)]  # noqa: SIM118
+            shapes = {name: torch.empty(file.get_slice(MODEL + name).get_shape(), device="meta") for name in names}
+            _same_shapes(shapes, expected, upload)
+        readers = [partial(_read, file) for file in files]
+        return robust_average(readers, list(expected), options.average, options.bad)
+
+
+def _read(file: Any, name: str) -> torch.Tensor:
+    return file.get_tensor(MODEL + name)
 
 
 def _mean(group: Sequence[Upload], options: ProxyOptions, expected: State) -> State:

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Averages that a minority of bad models cannot move far: trimmed mean, median (Yin 2018), Krum (Blanchard 2017).
+
+Models are read tensor by tensor, so memory holds one tensor of each model, not all models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from scipy import stats
+
+from deepfusion.types import State
+
+Robust = Literal["trimmed", "median", "krum"]
+Reader = Callable[[str], torch.Tensor]
+"""Gives a model's tensor by its name."""
+
+
+def robust_average(models: Sequence[Reader], names: Sequence[str], how: Robust, bad: float) -> State:
+    """One model out of N, of which a share `bad` may be anything.
+
+    "trimmed" leaves out, number by number, the floor(bad N) largest and smallest and averages the rest; "median" takes each
+    number's median; "krum" takes the one model that is nearest to its N - f - 2 nearest others, f = floor(bad N). Whole
+    numbers (buffers) are the first model's. Of one or two models the first two give the mean, the third the first model.
+
+    Args:
+        models: N readers of models of one architecture.
+        names: of the tensors.
+    """
+    if how == "krum":
+        chosen = models[krum(models, names, int(bad * len(models)))]
+        return {name: chosen(name) for name in names}
+    found: State = {}
+    for name in names:
+        first = models[0](name)
+        if not first.is_floating_point():
+            found[name] = first
+            continue
+        stack_N = np.stack([model(name).double().numpy() for model in models])
+        middle = np.median(stack_N, axis=0) if how == "median" else stats.trim_mean(stack_N, bad, axis=0)
+        found[name] = torch.as_tensor(np.asarray(middle)).to(first.dtype)
+    return found
+
+
+def krum(models: Sequence[Reader], names: Sequence[str], bad: int) -> int:
+    """Index of the model whose summed squared distance to its N - bad - 2 nearest others (at least one) is smallest."""
+    size = len(models)
+    square_NN = torch.zeros(size, size, dtype=torch.float64)
+    for name in names:
+        stack_N = torch.stack([model(name).double().flatten() for model in models])
+        square_NN += torch.cdist(stack_N, stack_N, compute_mode="donot_use_mm_for_euclid_dist").square()
+    nearest_NN = square_NN.sort(dim=1).values[:, 1 : 1 + max(1, size - bad - 2)]  # the first is the model itself
+    return int(nearest_NN.sum(1).argmin())
