@@ -26,6 +26,9 @@ WORDS = {
     ],
     "garden": ["rose", "hedge", "soil", "spade", "seed", "lawn", "fern", "pond", "bee", "moss", "willow", "thorn"],
 }
+WARM = {"steps": 3, "training": {"batch_size": 4, "learning_rate": 3e-3}}
+QUIET = {"rounds": False, "public_only": False}
+"""[evaluate] of a run of which only the last model matters."""
 DOCUMENTS = {"private": 60, "public": 24, "test": 8}
 
 
@@ -67,3 +70,10 @@ def small_tree(root: Path, **changes: Any) -> dict[str, Any]:
         "tune": {"steps": 4, "optimisation": {"batch_size": 4, "learning_rate": 1e-3}},
     }
     return {**tree, **changes}
+
+
+def rounds_tree(root: Path, method: str, **changes: Any) -> dict[str, Any]:
+    """The same for a method in two rounds of two steps; `changes` may take the place of these, too."""
+    tree = small_tree(root, **{"method": method, "warm_start": WARM, "evaluate": QUIET, "rounds": 2, **changes})
+    tree["devices"]["max_steps"] = 4
+    return {name: section for name, section in tree.items() if name not in ("cluster", "distillation")}

@@ -29,23 +29,11 @@ from deepfusion.stages.preference import gate_preference
 from deepfusion.stages.proxy import MODEL
 from deepfusion.state_dicts import average_present, distinct_state
 from deepfusion.types import Payload, State
-from small_world import small_tree, write_text
-
-WARM = {"steps": 3, "training": {"batch_size": 4, "learning_rate": 3e-3}}
-EVALUATE = {"rounds": False, "public_only": False}
+from small_world import rounds_tree
 
 
 def tree_of(root: Path, method: str = "fedjets", **changes: Any) -> dict[str, Any]:
-    tree = small_tree(root, method=method, warm_start=WARM, evaluate=EVALUATE, rounds=2, **changes)
-    tree["devices"]["max_steps"] = 4
-    return {name: section for name, section in tree.items() if name not in ("cluster", "distillation")}
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    write_text(folder)
-    return folder
+    return rounds_tree(root, method, **changes)
 
 
 @pytest.fixture(scope="module")

@@ -28,25 +28,13 @@ from deepfusion.record import Record
 from deepfusion.run import CONFIG, make_device
 from deepfusion.stages.mutual import predict
 from deepfusion.types import Payload
-from small_world import small_tree, write_text
+from small_world import rounds_tree
 
-WARM = {"steps": 3, "training": {"batch_size": 4, "learning_rate": 3e-3}}
-EVALUATE = {"rounds": False, "public_only": False}
 SEQUENCES, KEPT, LENGTH = 12, 16, 32
 
 
 def tree_of(root: Path, **changes: Any) -> dict[str, Any]:
-    own = {"rounds": 2, "sequences": SEQUENCES, "kept": KEPT}
-    tree = small_tree(root, method="fedmkt", warm_start=WARM, evaluate=EVALUATE, **{**own, **changes})
-    tree["devices"]["max_steps"] = 4
-    return {name: section for name, section in tree.items() if name not in ("cluster", "distillation")}
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    write_text(folder)
-    return folder
+    return rounds_tree(root, "fedmkt", **{"sequences": SEQUENCES, "kept": KEPT, **changes})
 
 
 @pytest.fixture(scope="module")

@@ -21,21 +21,13 @@ from deepfusion.methods.gathering import ASKED, Described, by_centrality
 from deepfusion.plan import make_plan
 from deepfusion.record import Record
 from deepfusion.types import Clusters
-from small_world import small_tree, write_text
+from small_world import QUIET, WARM, small_tree
 
-QUIET = {"rounds": False, "public_only": False, "devices": False, "proxies": False, "students": False}
-WARM = {"steps": 3, "training": {"batch_size": 4, "learning_rate": 3e-3}}
+EVALUATE = {**QUIET, "devices": False, "proxies": False, "students": False}
 
 
 def tree_of(root: Path, **upload: Any) -> dict[str, Any]:
-    return small_tree(root, upload=upload, warm_start=WARM, evaluate=QUIET)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    write_text(folder)
-    return folder
+    return small_tree(root, upload=upload, warm_start=WARM, evaluate=EVALUATE)
 
 
 @pytest.fixture(scope="module")

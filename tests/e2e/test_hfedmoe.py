@@ -33,23 +33,11 @@ from deepfusion.run import CONFIG, make_device, make_site
 from deepfusion.stages.proxy import MODEL
 from deepfusion.state_dicts import distinct_state
 from deepfusion.types import Payload, State
-from small_world import small_tree, write_text
-
-WARM = {"steps": 3, "training": {"batch_size": 4, "learning_rate": 3e-3}}
-EVALUATE = {"rounds": False, "public_only": False}
+from small_world import QUIET, WARM, rounds_tree, small_tree
 
 
 def tree_of(root: Path, **changes: Any) -> dict[str, Any]:
-    tree = small_tree(root, method="hfedmoe", warm_start=WARM, evaluate=EVALUATE, rounds=2, **changes)
-    tree["devices"]["max_steps"] = 4
-    return {name: section for name, section in tree.items() if name not in ("cluster", "distillation")}
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    write_text(folder)
-    return folder
+    return rounds_tree(root, "hfedmoe", **changes)
 
 
 @pytest.fixture(scope="module")
@@ -246,9 +234,7 @@ def test_budgets_out_of_memory_are_what_fits(root: Path) -> None:
 
 
 def test_deepfusion_goes_on_with_its_merged_moe_in_the_federation(root: Path) -> None:
-    tree = small_tree(
-        root, warm_start=WARM, evaluate={**EVALUATE, "devices": False, "proxies": False, "students": False}
-    )
+    tree = small_tree(root, warm_start=WARM, evaluate={**QUIET, "devices": False, "proxies": False, "students": False})
     tree["devices"]["max_steps"] = 4
     plain = launch(parse_config(tree), root / "plain")
     more = launch(parse_config({**tree, "continue": {"type": "hfedmoe", "rounds": 2}}), root / "continued")

@@ -25,9 +25,7 @@ from deepfusion.run import CONFIG, Notes, make_device, make_site
 from deepfusion.stages.local import steps_for
 from deepfusion.state_dicts import distinct_state
 from deepfusion.types import Payload
-from small_world import small_tree, write_text
-
-WARM = {"steps": 3, "training": {"batch_size": 4, "learning_rate": 3e-3}}
+from small_world import WARM, small_tree
 
 
 def tree_of(root: Path, method: str, **changes: Any) -> dict[str, Any]:
@@ -35,13 +33,6 @@ def tree_of(root: Path, method: str, **changes: Any) -> dict[str, Any]:
     for section in ("cluster", "distillation"):
         del tree[section]
     return tree
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    write_text(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
