@@ -46,3 +46,7 @@ class FederationError(DeepFusionError):
 
 class ResumeError(DeepFusionError):
     """A run folder does not match the configuration that wants to continue it."""
+
+
+class MarketError(DeepFusionError):
+    """A market, a table of exits, a file of bids or a ledger that cannot be used."""

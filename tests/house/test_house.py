@@ -18,7 +18,7 @@ FLOORS = (
     {"stages"},
     {"methods"},
     {"config"},
-    {"run", "record", "measure", "plan", "inference", "distilling", "merging", "catalogue", "report"},
+    {"run", "record", "measure", "plan", "inference", "distilling", "merging", "catalogue", "report", "market"},
     {"app", "comparing"},
     {"api", "cli", "__main__", ""},
 )
@@ -90,6 +90,14 @@ def test_no_method_imports_another_method() -> None:
             continue
         others = {i.split(".")[1] for i in imports_of(path) if i.startswith("methods.")} - shared
         assert not others, f"{name_of(path)} imports the methods {others}"
+
+
+def test_nothing_but_the_command_line_imports_the_market_and_it_knows_nothing_of_the_pipeline() -> None:
+    pipeline = {"run", "app", "config", "methods", "stages", "federation", "plan", "comparing", "measure", "api"}
+    for path in FILES:
+        room, imported = name_of(path).split(".")[0], {name.split(".")[0] for name in imports_of(path)}
+        assert "market" not in imported or room in {"market", "cli"}, f"{name_of(path)} imports the market"
+        assert room != "market" or not imported & pipeline, f"{name_of(path)} imports {imported & pipeline}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
