@@ -1,32 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """TOML -> RunConfig, strict: unknown keys, wrong types and impossible combinations are all reported at once.
 
-The schema is not written down here: every section is a frozen dataclass that lives beside the code it configures, and
-this file walks those dataclasses. `type = "<name>"` in a section picks a registered dataclass.
+How dataclasses are read is in `schema.py`; here stands which sections a run has, and what they must agree on.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import os
-import tomllib
-import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
 import tomli_w
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from deepfusion.data.options import DataOptions
 from deepfusion.devices.fleet import FleetOptions
 from deepfusion.errors import ConfigError
 from deepfusion.federation.options import FederationOptions
 from deepfusion.methods import Method, TargetOptions, methods
-from deepfusion.registry import Registry, describe_type, did_you_mean, option_name
+from deepfusion.registry import did_you_mean, option_name
+from deepfusion.schema import build, plain, read_toml, scalars_first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,19 +85,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, seed: int | 
         ConfigError: lists every fault with section, value and cure.
     """
     path = Path(path)
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        shipped = ", ".join(str(p) for p in sorted(Path("configs").glob("*.toml")))
-        raise ConfigError(
-            [f"no such file; {f'there are {shipped}' if shipped else 'check the path'}"], str(path)
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"cannot be read: {error}; give the path of a UTF-8 TOML file"], str(path)) from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError([f"not valid TOML: {error}; strings need quotes, sections read [name]"], str(path)) from error
-    for override in overrides:
-        _override(tree, override)
+    tree = read_toml(path, overrides)
     if seed is not None:
         tree["seed"] = seed
     return parse_config(tree, source=str(path))
@@ -128,9 +111,9 @@ def parse_config(tree: Mapping[str, Any], source: str = "configuration") -> RunC
         what = f"[{key}]" if isinstance(tree[key], dict) else f"{key} = {tree[key]!r}"
         hint = did_you_mean(key, tuple(shared | method_keys))
         faults.append(f"{what}: unknown{hint}; remove it")
-    method = _build(method_class, {k: v for k, v in tree.items() if k in method_keys}, "", faults)
+    method = build(method_class, {k: v for k, v in tree.items() if k in method_keys}, "", faults)
     values = {k: v for k, v in tree.items() if k in shared}
-    config = _build(RunConfig, values, "", faults, given={"method": method})
+    config = build(RunConfig, values, "", faults, given={"method": method}, ask=False)
     if config is not None and not faults:
         faults += config.faults()
     if faults or config is None:
@@ -140,162 +123,11 @@ def parse_config(tree: Mapping[str, Any], source: str = "configuration") -> RunC
 
 def tree_of(config: RunConfig) -> dict[str, Any]:
     """The resolved configuration as nested dictionaries, defaults included; `parse_config` reads it back as an equal value."""
-    tree = _plain(config)
+    tree = plain(config)
     method = tree.pop("method")
-    return {"method": method.pop("type"), **_scalars_first({**tree, **method})}
+    return {"method": method.pop("type"), **scalars_first({**tree, **method})}
 
 
 def to_toml(config: RunConfig) -> str:
     """`tree_of` as a TOML file."""
     return tomli_w.dumps(tree_of(config))
-
-
-def _override(tree: dict[str, Any], text: str) -> None:
-    """Apply one `a.b.c=value`; list items are named by their index. The value is TOML, or else a plain string."""
-    path, equals, raw = text.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
-        raise ConfigError(["not of the form section.key=value; for example: --set devices.count=8"], f"--set {text}")
-    try:
-        value = tomllib.loads(f"value = {raw.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = raw.strip()
-    node: Any = tree
-    for depth, key in enumerate(keys):
-        place = _place(node, key, ".".join(keys[:depth]), text)
-        if depth == len(keys) - 1:
-            node[place] = value
-        else:
-            node = node.setdefault(place, {}) if isinstance(node, dict) else node[place]
-
-
-def _place(node: Any, key: str, where: str, text: str) -> Any:
-    """The key or list index that `key` names in `node`."""
-    if isinstance(node, dict):
-        return key
-    if not isinstance(node, list):
-        raise ConfigError([f"{where} is a value, not a section; shorten the path"], f"--set {text}")
-    last = len(typing.cast(list[Any], node)) - 1
-    if not key.isdigit() or int(key) > last:
-        raise ConfigError([f"{where} has items 0 to {last}, not {key!r}; name one of them"], f"--set {text}")
-    return int(key)
-
-
-def _build(cls: type, tree: Any, section: str, faults: list[str], given: Mapping[str, Any] | None = None) -> Any:
-    """An instance of the dataclass `cls` out of `tree`, or None after adding what is wrong to `faults`."""
-    given = given or {}
-    if not isinstance(tree, dict):
-        faults.append(f"[{section}] = {tree!r}: must be a section with keys; write [{section}] and key = value lines")
-        return None
-    hints = typing.get_type_hints(cls)
-    fields = {option_name(f): f for f in dataclasses.fields(cls) if f.init}
-    before = len(faults)
-    for key in tree:
-        if key not in fields:
-            hint = did_you_mean(key, tuple(fields))
-            faults.append(f"{_at(section)}{key} = {_short(tree[key])}: unknown key{hint}; known: {', '.join(fields)}")
-    values: dict[str, Any] = dict(given)
-    for name, spec in fields.items():
-        if name in given:
-            continue
-        inner = f"{section}.{name}" if section else name
-        hint, registry = hints[spec.name], spec.metadata.get("registry")
-        if name in tree:
-            values[spec.name] = _value(hint, registry, tree[name], inner, section, name, faults)
-        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
-            faults.append(_missing(hint, registry, inner, section, name))
-    if len(faults) > before:
-        return None
-    instance = cls(**values)
-    if hasattr(cls, "faults") and cls is not RunConfig:
-        faults += [f"{_at(section)}{fault}" for fault in instance.faults()]
-    return instance
-
-
-def _value(
-    hint: Any, registry: Registry[Any] | None, raw: Any, inner: str, section: str, name: str, faults: list[str]
-) -> Any:
-    if registry is not None:
-        return _plugin(registry, raw, inner, faults)
-    options = (
-        [a for a in get_args(hint) if a is not type(None)] if get_origin(hint) in (Union, types.UnionType) else [hint]
-    )
-    nested = next((o for o in options if dataclasses.is_dataclass(o)), None)
-    if nested is not None:
-        return _build(typing.cast(type, nested), raw, inner, faults)
-    if get_origin(hint) is tuple and dataclasses.is_dataclass(get_args(hint)[0]):
-        if not isinstance(raw, list):
-            faults.append(f"[{inner}] = {_short(raw)}: must be a list of sections; write [[{inner}]] before each")
-            return None
-        row_type = typing.cast(type, get_args(hint)[0])
-        return tuple(_build(row_type, row, f"{inner}.{i}", faults) for i, row in enumerate(typing.cast(list[Any], raw)))
-    return _leaf(hint, raw, section, name, faults)
-
-
-def _plugin(registry: Registry[Any], raw: Any, section: str, faults: list[str]) -> Any:
-    known = ", ".join(registry)
-    if not isinstance(raw, dict) or not isinstance(raw.get("type"), str):
-        faults.append(f'[{section}]: needs type = "..."; choose one of {known}')
-        return None
-    name = raw["type"]
-    if name not in registry:
-        faults.append(
-            f'[{section}] type = "{name}": unknown{did_you_mean(name, tuple(registry))}; choose one of {known}'
-        )
-        return None
-    return _build(registry[name], {k: v for k, v in raw.items() if k != "type"}, section, faults)
-
-
-def _leaf(hint: Any, raw: Any, section: str, name: str, faults: list[str]) -> Any:
-    value = tuple(raw) if isinstance(raw, list) and "tuple" in str(hint) else raw
-    try:
-        checked = TypeAdapter(hint, config=ConfigDict(strict=True)).validate_python(value)
-    except ValidationError as error:
-        reasons = {e["msg"][0].lower() + e["msg"][1:] for e in error.errors()}
-        faults.append(
-            f"{_at(section)}{name} = {_short(raw)}: {' or '.join(sorted(reasons))}; give {describe_type(hint)}"
-        )
-        return None
-    if isinstance(checked, float) and math.isnan(checked):
-        faults.append(f"{_at(section)}{name} = nan: not a number; give {describe_type(hint)}")
-        return None
-    return checked
-
-
-def _missing(hint: Any, registry: Registry[Any] | None, inner: str, section: str, name: str) -> str:
-    if registry is not None:
-        return f"[{inner}] is missing; add it with type = one of {', '.join(registry)}"
-    if dataclasses.is_dataclass(hint):
-        return f"[{inner}] is missing; add the section ({(hint.__doc__ or '').strip().splitlines()[0]})"
-    if get_origin(hint) is tuple and dataclasses.is_dataclass(get_args(hint)[0]):
-        return f"[[{inner}]] is missing; add at least one such section"
-    return f"{_at(section)}{name} is missing; give {describe_type(hint)}"
-
-
-def _at(section: str) -> str:
-    return f"[{section}] " if section else ""
-
-
-def _short(value: Any) -> str:
-    text = f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _plain(value: Any, registry: Registry[Any] | None = None) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        tree = {} if registry is None else {"type": registry.name_of(type(value))}
-        for f in dataclasses.fields(value):
-            item = getattr(value, f.name)
-            if item is not None:
-                tree[option_name(f)] = _plain(item, f.metadata.get("registry"))
-        return tree
-    if isinstance(value, tuple | list):
-        return [_plain(v) for v in typing.cast(Sequence[Any], value)]
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in typing.cast(dict[str, Any], value).items() if v is not None}
-    return os.fspath(value) if isinstance(value, Path) else value
-
-
-def _scalars_first(tree: dict[str, Any]) -> dict[str, Any]:
-    """TOML wants a table's own keys before its sections."""
-    return dict(sorted(tree.items(), key=lambda item: isinstance(item[1], dict | list)))
