@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -60,13 +60,22 @@ class Coco:
         fit: "prefix", or "skip" for comparison: more is sold, but neither truthful nor free of envy.
     """
 
-    truthful: ClassVar[str] = "per_bidder: yes; global: with high probability"
-    uniform: ClassVar[str] = "global: yes; per_bidder: with high probability"
-
     agreement: Agreement = "per_bidder"
     y: Base = "demands"
     objective: Literal["revenue", "welfare"] = "revenue"
     fit: Fit = "prefix"
+
+    @property
+    def truthful(self) -> str:
+        """See `Mechanism`."""
+        if self.fit == "skip" or self.y == "paper":
+            return "no"
+        return "yes" if self.agreement == "per_bidder" or self.objective == "welfare" else "mostly"
+
+    @property
+    def uniform(self) -> str:
+        """See `Mechanism`."""
+        return "yes" if self.agreement == "global" or self.objective == "welfare" else "mostly"
 
     def faults(self) -> Iterator[str]:
         """What is wrong with the values, and the cure."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -50,15 +50,17 @@ def remember(market: Market) -> Past:
 
 
 class Mechanism(Protocol):
-    """A rule that sells one slot.
+    """A rule that sells one slot."""
 
-    Attributes:
-        truthful: whether bidding the true budget is always best within the slot, in words.
-        uniform: whether all winners pay one price a unit, in words.
-    """
+    @property
+    def truthful(self) -> str:
+        """Whether bidding the true budget is always best: "yes", "no", or when."""
+        ...
 
-    truthful: ClassVar[str]
-    uniform: ClassVar[str]
+    @property
+    def uniform(self) -> str:
+        """Whether all winners pay one price a unit: "yes", "no", or when."""
+        ...
 
     def clear(self, market: Market, chance: Draw, history: Sequence[Past]) -> Outcome:
         """Who wins and what each pays.

@@ -19,6 +19,8 @@ COLUMNS = (
     "mechanism", "truthful", "one price", "revenue", "over omniscient", "profit", "served", "sold", "users' surplus",
     "envious", "early", "late", "ms a slot",
 )  # fmt: skip
+MICRO = 1e15
+"""From $ for a FLOP/s to millionths of $ for a GFLOP/s."""
 LEFT = ("mechanism", "truthful", "one price")
 
 
@@ -84,8 +86,8 @@ def _charts(found: Simulated) -> list[tuple[str, str, str]]:
         }
         return {name: curve for name, curve in curves.items() if curve}
 
-    prices = series(lambda row: row.price * 1e9 if row.price is not None else None)
-    prices["reserve price"] = [(float(slot), price * 1e9) for slot, price in enumerate(found.reserve)]
+    prices = series(lambda row: row.price * MICRO if row.price is not None else None)
+    prices["reserve price"] = [(float(slot), price * MICRO) for slot, price in enumerate(found.reserve)]
     bids = [(float(slot), float(count)) for slot, count in enumerate(found.bids)]
 
     def bars(value: Callable[[MechanismResult], float], text: str) -> str:
@@ -99,7 +101,7 @@ def _charts(found: Simulated) -> list[tuple[str, str, str]]:
         ("Revenue by slot", "First mechanisms of the table.", charts.lines(series(lambda row: row.revenue), "slot", "$")),
         ("Revenue over the omniscient price's", "1: as if all budgets were known and one price had to be asked.",
          charts.lines(series(lambda row: row.ratio), "slot", "ratio")),
-        ("Price", "Where all winners pay the same.", charts.lines(prices, "slot", "$ a GFLOP/s")),
+        ("Price", "Where all winners pay the same.", charts.lines(prices, "slot", "millionths of $ a GFLOP/s")),
         ("Sold", "Share of the edge that is rented out.",
          charts.lines(series(lambda row: row.utilisation), "slot", "share")),
         ("Envious bidders", "Who would rather have another's deal, over all slots.",
