@@ -240,6 +240,19 @@ def test_open_clear_and_audit_from_the_command_line(
     assert json.loads(capsys.readouterr().out)["winners"]
 
 
+def test_simulate_from_the_command_line_leaves_a_record_and_a_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Path(__file__).parents[2] / "configs/market.toml"
+    small = ("--set", "slots=2", "--set", "users.count=200", "--set", 'rivals=["omniscient"]')
+    assert call(monkeypatch, "simulate", config, "--out", tmp_path, *small) == 0
+    assert "coco (per bidder)" in capsys.readouterr().out
+    assert (tmp_path / "market.html").exists()
+    assert len(json.loads((tmp_path / "record.json").read_text())["bids"]) == 2
+    assert call(monkeypatch, "simulate", config, "--out", tmp_path, "--set", "slots=0") == 2
+    assert "slots = 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["open", "clear", "audit", "simulate"])
 def test_every_command_has_examples(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

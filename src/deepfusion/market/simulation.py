@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict
 
 from deepfusion.artifacts import write_atomic
 from deepfusion.errors import ConfigError
-from deepfusion.market import rivals as rivals  # registers them
 from deepfusion.market.auction import Market, Outcome, envy_count, make_market, surplus
 from deepfusion.market.bids import Provider
 from deepfusion.market.coco import Coco
