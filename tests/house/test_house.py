@@ -13,7 +13,19 @@ import deepfusion
 SOURCE = Path(deepfusion.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 FLOORS = (
-    {"errors", "registry", "types", "state_dicts", "training", "fused", "losses", "progress", "robust", "schema", "statistics"},
+    {
+        "errors",
+        "registry",
+        "types",
+        "state_dicts",
+        "training",
+        "fused",
+        "losses",
+        "progress",
+        "robust",
+        "schema",
+        "statistics",
+    },
     {"artifacts", "data", "devices", "moe", "federation"},
     {"stages"},
     {"methods"},
