@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Flower apps, and `launch`, which runs them on one machine. Over a fleet of machines they are the same.
 
-A node finds its configuration by two keys of its node configuration: `run`, the run folder with `config.toml` and the
-prepared data in it, and `device-id`, who it is.
+A node on this machine finds what it is by two keys of its node configuration: `run`, the run folder with `config.toml` and
+the prepared data in it, and `device-id`. A node of a fleet finds `device` there: the path of its own file.
 """
 
 from __future__ import annotations
 
+import faulthandler
+import os
 import shutil
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,12 +23,18 @@ from transformers.utils.logging import disable_progress_bar
 
 from deepfusion.artifacts import RunFolder
 from deepfusion.config import RunConfig, load_config
-from deepfusion.devices.fleet import cards
-from deepfusion.federation.door import Door, answer
+from deepfusion.devices.device import Device
+from deepfusion.devices.fleet import DeviceCard, cards
+from deepfusion.federation.apart import PulledApart
+from deepfusion.federation.door import Door, Tell, Wire, answer, job_of
 from deepfusion.federation.ledger import Ledger
 from deepfusion.federation.local_grid import LocalGrid
+from deepfusion.federation.roll import ROLL, Roll
+from deepfusion.fleet.device_file import load_device
+from deepfusion.fleet.job import job_payload, open_workshop
+from deepfusion.fleet.server_file import open_server
 from deepfusion.measure import measure
-from deepfusion.methods.base import StageReached
+from deepfusion.methods.base import Method, StageReached
 from deepfusion.record import Record
 from deepfusion.report.events import write_events
 from deepfusion.report.page import write_report
@@ -32,6 +42,7 @@ from deepfusion.run import (
     CONFIG,
     Notes,
     check_memory,
+    check_text,
     check_until,
     make_device,
     make_site,
@@ -40,7 +51,7 @@ from deepfusion.run import (
     too_large,
 )
 from deepfusion.training import accelerator
-from deepfusion.types import Progress, silent
+from deepfusion.types import Payload, Progress, silent
 
 PRELOAD = (
     "torch", "torch.optim", "torch._dynamo", "sklearn.feature_extraction.text", "accelerate", "deepfusion.app",
@@ -51,23 +62,79 @@ PRELOAD = (
 
 disable_progress_bar()  # transformers' own, one a file, would drown ours
 client_app = ClientApp()
-__all__ = ["client_app", "launch"]
+server_app = ServerApp()
+__all__ = ["client_app", "launch", "server_app"]
 
 
 @client_app.train()
 def _train(message: Message, context: Context) -> Message:
     """A device's answer to one request."""
+    if "device" in context.node_config:
+        return _answer_on_a_fleet(message, Path(str(context.node_config["device"])))
     device_id, path = str(context.node_config["device-id"]), Path(str(context.node_config["run"]))
     config = _config(path / CONFIG, (path / CONFIG).stat().st_mtime_ns)
     card = next(card for card in cards(config.devices, config.seed) if card.id == device_id)
     device = make_device(config, RunFolder(path), card)
-    accelerator(config.devices.training.precision)  # the process's one, before anything takes it as it comes
-    threads = torch.get_num_threads()
-    torch.set_num_threads(config.devices.threads)
+    with _threads(config.devices.threads):
+        return answer(message, device_id, lambda request: _work(config.method, device, request))
+
+
+def _answer_on_a_fleet(message: Message, path: Path) -> Message:
+    """The same by a device that has a machine, a file and a workshop of its own."""
+    own = load_device(path)
+    faulthandler.dump_traceback_later(own.limits.hours * 3600, exit=True)  # or a hang would block the node for ever
+
+    def handle(request: Payload) -> Payload:
+        shop = open_workshop(own, path, job_of(message), message.metadata.run_id)
+        return shop.answer(request, lambda: _work(shop.job.method, shop.device(), request))
+
     try:
-        return answer(message, device_id, lambda request: config.method.client(device, request))
+        with _threads(own.limits.threads):
+            return answer(message, own.id, handle)
     finally:
-        torch.set_num_threads(threads)
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _work(method: Method, device: Device, request: Payload) -> Payload:
+    accelerator(device.training.precision)  # the process's one, before anything takes it as it comes
+    return method.client(device, request)
+
+
+@contextmanager
+def _threads(count: int) -> Generator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@server_app.main()
+def _serve_a_fleet(grid: Grid, context: Context) -> None:
+    """The server of a fleet, in the process that the SuperLink starts for a run; how it ended is noted for `fleet run`."""
+    values = context.run_config
+    server, until = open_server(Path(str(values["server"]))), str(values["until"]) or None
+    outcome: dict[str, str | int] = {"token": str(values["token"])}
+    server.note_outcome({**outcome, "pid": os.getpid()})
+    apart = PulledApart(grid)
+    try:
+        config = load_config(server.path(server.file.config))
+        check_until(config, until)
+        check_memory(config)
+        folder = open_folder(config, server.path(server.file.run), resume=bool(values["resume"]))
+        nodes = server.nodes()
+        with Roll(folder / ROLL, nodes).watching(grid.get_node_ids) as roll:
+            serve(
+                config, folder, apart, nodes, timeout=config.federation.timeout_seconds, until=until,
+                job=lambda card: job_payload(config, folder / "data" / "tokenizer", card.model.name), tell=roll.tell,
+            )  # fmt: skip
+    except Exception as error:
+        outcome |= {"error": str(error), "kind": type(error).__name__}
+        raise
+    finally:
+        apart.close()
+        server.note_outcome(outcome)
 
 
 @lru_cache(maxsize=4)
@@ -97,6 +164,7 @@ def launch(
         DeepFusionError: whatever the user can mend, with its cure.
     """
     check_until(config, until)
+    check_text(config)
     check_memory(config)
     folder = open_folder(config, Path(out), resume=resume)
     results: list[Record] = []
@@ -125,25 +193,30 @@ def launch(
 def serve(
     config: RunConfig,
     folder: RunFolder,
-    grid: Grid,
+    grid: Wire,
     nodes: dict[str, int],
     *,
     in_flight: int | None = None,
     timeout: float | None = None,
     until: str | None = None,
+    job: Callable[[DeviceCard], Payload] | None = None,
+    tell: Tell = lambda device_id, state, reason: None,
     progress: Progress = silent,
 ) -> Record | None:
     """The server's whole work over any Flower grid; returns the record, or None when stopped by `until`.
 
     Args:
         nodes: node id of each device.
-        in_flight, timeout: see `Door`; a local grid has a timeout of its own.
+        in_flight, timeout, tell: see `Door`; a local grid has a timeout of its own.
+        job: what each device is told of the run, where it has no part of the server's folder.
     """
     accelerator(config.method.tune.optimisation.precision)
     notes, ledger = Notes(), Ledger(folder / "ledger.jsonl")
     options = config.federation
+    fleet = {card.id: card for card in cards(config.devices, config.seed)}
     door = Door(
-        grid, nodes, ledger, retries=options.retries, timeout=timeout, in_flight=in_flight, progress=progress,
+        grid, nodes, ledger, retries=options.retries, timeout=timeout, deadline=options.deadline_seconds,
+        in_flight=in_flight, job=job and (lambda device_id: job(fleet[device_id])), tell=tell, progress=progress,
     )  # fmt: skip
     try:
         data = prepare_data(config, folder, progress)

@@ -75,6 +75,11 @@ class RunConfig:
             yield f"seed = {self.seed}: must not be negative; choose 0 or more"
         for name in self.compare.keys() - set(methods):
             yield f"[compare.{name}]: no such method{did_you_mean(name, tuple(methods))}; known: {', '.join(methods)}"
+        if self.devices.count and not any(source.of("private") for source in self.data.corpora):
+            cure = "add private = ... to a row, or give every device its own files ([[devices.named]]) and count = 0"
+            yield f"[data] corpora: no row has private text: devices have nothing to train on; {cure}"
+        if self.federation.minimum_devices > (size := self.devices.count + len(self.devices.named)):
+            yield f"[federation] minimum_devices = {self.federation.minimum_devices}: the fleet has {size}; lower it"
         yield from self.method.faults_with(self.devices, self.data, self.target)
 
 

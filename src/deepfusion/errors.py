@@ -44,6 +44,10 @@ class FederationError(DeepFusionError):
     """The exchange between server and devices failed beyond what retries can mend."""
 
 
+class DiskError(DeepFusionError):
+    """What has arrived, or was trained, cannot be written. Not a device's fault: the run stops, and goes on from there."""
+
+
 class ResumeError(DeepFusionError):
     """A run folder does not match the configuration that wants to continue it."""
 

@@ -16,6 +16,7 @@ from deepfusion.artifacts import RunFolder, file_digest, key_of
 from deepfusion.config import RunConfig, tree_of
 from deepfusion.devices import memory, models
 from deepfusion.federation.ledger import Ledger
+from deepfusion.federation.payload import read_metadata
 from deepfusion.methods.base import Site, methods
 from deepfusion.methods.budget import rows
 from deepfusion.methods.gathering import ASKED
@@ -34,7 +35,7 @@ from deepfusion.record import (
     Record,
     RoundRecord,
 )  # fmt: skip
-from deepfusion.run import Notes, largest_trainings, private_corpus, shapes_of, trainings, versions
+from deepfusion.run import Notes, largest_trainings, private_corpus, shapes_of, text_is_here, trainings, versions
 from deepfusion.stages.evaluate import Score, by_domain, expert_load, mutual_information, score_documents, total
 from deepfusion.stages.local import steps_for
 from deepfusion.stages.proxy import load_proxies, load_upload
@@ -244,9 +245,8 @@ def _devices(config: RunConfig, site: Site, ledger: Ledger, clusters: ClusterRec
     sent, telemetry = ledger.by_device("up"), ledger.telemetry()
     found: list[DeviceRecord] = []
     for card in site.cards:
-        corpus, hosted = private_corpus(config, site.data, card.id), largest[card.model.name]
+        hosted = largest[card.model.name]
         seconds, peak = telemetry.get(card.id, (None, None))
-        tokens = np.bincount(corpus.domain_U, weights=corpus.lengths_U, minlength=len(corpus.domains))
         found.append(DeviceRecord(
             id=card.id,
             architecture=card.model.name,
@@ -255,12 +255,22 @@ def _devices(config: RunConfig, site: Site, ledger: Ledger, clusters: ClusterRec
             peak_memory_bytes=peak,
             upload_bytes=sent.get(card.id, 0),
             cluster=clusters.labels.get(card.id) if clusters else None,
-            documents=len(corpus),
-            tokens=corpus.num_tokens,
-            domains={name: int(t) for name, t in zip(corpus.domains, tokens, strict=True) if t},
             seconds=seconds,
+            **_text_of(config, site, card.id),
         ))  # fmt: skip
     return found
+
+
+def _text_of(config: RunConfig, site: Site, device_id: str) -> dict[str, Any]:
+    """Size of a device's text: counted where the text is here, else as the device's upload tells, or unknown (0)."""
+    if text_is_here(config, device_id):
+        corpus = private_corpus(config, site.data, device_id)
+        tokens = np.bincount(corpus.domain_U, weights=corpus.lengths_U, minlength=len(corpus.domains))
+        domains = {name: int(t) for name, t in zip(corpus.domains, tokens, strict=True) if t}
+        return {"documents": len(corpus), "tokens": corpus.num_tokens, "domains": domains}
+    path = site.folder / "uploads" / f"{device_id}.safetensors"
+    told = read_metadata(path) if path.exists() else {}
+    return {"documents": told.get("documents", 0), "tokens": told.get("tokens", 0), "domains": {}}
 
 
 def read_clusters(folder: Path) -> ClusterRecord | None:

@@ -165,6 +165,7 @@ def make_site(
         progress=progress,
         note=note,
         until=until,
+        quorum=config.federation.minimum_devices,
     )
     site.reached("data")
     return site
@@ -193,6 +194,23 @@ def make_device(config: RunConfig, folder: RunFolder, card: DeviceCard) -> Devic
         seed=derive_seed(config.seed, "device", card.id),
         scratch=folder.path / ".partial" / f"device-{card.id}-{key[:12]}",
     )
+
+
+def text_is_here(config: RunConfig, device_id: str) -> bool:
+    """Whether this machine has the device's text; on a real fleet no one but the device has it."""
+    return all(device.files or device.id != device_id for device in config.devices.named)
+
+
+def check_text(config: RunConfig) -> None:
+    """Raise ConfigError where `deepfusion run` is asked to be a device whose text is elsewhere."""
+    away = [device.id for device in config.devices.named if not device.files]
+    if away:
+        raise ConfigError(
+            [
+                f"[[devices.named]] {', '.join(away)}: no files; add them, or reach the devices by `deepfusion fleet run`"
+            ],
+            "run",
+        )
 
 
 def private_corpus(config: RunConfig, data: PreparedData, device_id: str) -> Corpus:

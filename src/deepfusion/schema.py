@@ -15,12 +15,44 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from deepfusion.errors import ConfigError
 from deepfusion.registry import Registry, describe_type, did_you_mean, option_name
+
+Options = TypeVar("Options")
+
+
+def load_options(cls: type[Options], path: Path) -> Options:
+    """Read a TOML file of another kind than a run's, as strictly.
+
+    Args:
+        cls: a frozen dataclass of options.
+
+    Raises:
+        ConfigError: lists every fault with section, value and cure.
+    """
+    return parse_options(cls, read_toml(path), str(path))
+
+
+def parse_options(cls: type[Options], tree: Mapping[str, Any], source: str) -> Options:
+    """Build a dataclass of options out of nested dictionaries.
+
+    Raises:
+        ConfigError: lists every fault with section, value and cure.
+    """
+    faults: list[str] = []
+    options = build(cls, tree, "", faults)
+    if faults:
+        raise ConfigError(faults, source)
+    return options
+
+
+def plain_options(options: Any) -> dict[str, Any]:
+    """A dataclass of options as nested dictionaries, defaults included, scalars first; `parse_options` reads it back."""
+    return scalars_first(plain(options))
 
 
 def read_toml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -40,13 +72,17 @@ def read_toml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise ConfigError([f"cannot be read: {error}; give the path of a UTF-8 TOML file"], str(path)) from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError([f"not valid TOML: {error}; strings need quotes, sections read [name]"], str(path)) from error
-    for override in overrides:
-        _override(tree, override)
+    for text in overrides:
+        override(tree, text)
     return tree
 
 
-def _override(tree: dict[str, Any], text: str) -> None:
-    """Apply one `a.b.c=value`; list items are named by their index. The value is TOML, or else a plain string."""
+def override(tree: dict[str, Any], text: str) -> None:
+    """Apply one `a.b.c=value`; list items are named by their index. The value is TOML, or else a plain string.
+
+    Raises:
+        ConfigError: it is not of that form, or leads nowhere.
+    """
     path, equals, raw = text.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):

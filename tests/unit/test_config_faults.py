@@ -102,6 +102,21 @@ def test_a_bad_value_is_answered_by_place_value_and_cure(path: str, value: Any, 
         assert word in str(caught.value)
 
 
+def test_only_a_fleet_whose_devices_all_have_files_needs_no_private_text() -> None:
+    tree = small_tree(Path("/nowhere"))
+    for row in tree["data"]["corpora"]:
+        del row["private"]
+    with pytest.raises(ConfigError, match="no row has private text: devices have nothing to train on"):
+        parse_config(tree)
+    tree["devices"] |= {"count": 0, "named": [{"id": f"device-00{i}", "model": "gpt2"} for i in range(3)]}
+    assert parse_config(tree).devices.named[0].files == ()
+
+
+def test_a_quorum_is_not_larger_than_the_fleet() -> None:
+    with pytest.raises(ConfigError, match=r"\[federation\] minimum_devices = 7: the fleet has 6; lower it"):
+        parse_config(small_tree(Path("/nowhere"), federation={"minimum_devices": 7}))
+
+
 def test_all_faults_are_reported_at_once() -> None:
     tree = changed("devices.count", 0)
     tree["tune"]["experts"] = "thaw"

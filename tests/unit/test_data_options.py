@@ -71,7 +71,6 @@ def test_a_tokenizer_comes_from_exactly_one_place(values: dict[str, object], wha
         ({"test_documents": 0}, "test_documents = 0"),
         ({"corpora": (CorpusSource(domain="d", private="a.txt", test="b.txt"),)}, "no row has public text"),
         ({"corpora": (CorpusSource(domain="d", private="a.txt", public="b.txt"),)}, "no row has test text"),
-        ({"corpora": (CorpusSource(domain="d", public="a.txt", test="b.txt"),)}, "no row has private text"),
     ],
 )
 def test_a_bad_data_section_is_named(values: dict[str, object], what: str):

@@ -83,7 +83,6 @@ BAD: dict[str, FleetOptions] = {
     'id = "device-000"': fleet(named=(NamedDevice(id="device-000", model="gpt", files=("a",)),)),
     'id = "a/b"': fleet(named=(NamedDevice(id="a/b", model="gpt", files=("a",)),)),
     'did you mean "llama"': fleet(named=(NamedDevice(id="a", model="lama", files=("a",)),)),
-    "files = .*at least one path": fleet(named=(NamedDevice(id="a", model="gpt", files=()),)),
     '"a": memory_limit_gib = -1': fleet(named=(NamedDevice(id="a", model="gpt", files=("a",), memory_limit_gib=-1.0),)),
 }
 

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 from rich.panel import Panel
 
-from deepfusion.cli import market, models, runs
+from deepfusion.cli import fleet, market, models, runs
 from deepfusion.cli.shared import app, err, escape
 from deepfusion.errors import DeepFusionError
 
-__all__ = ["app", "main", "market", "models", "runs"]
+__all__ = ["app", "fleet", "main", "market", "models", "runs"]
 
 
 @contextmanager

@@ -201,7 +201,6 @@ class DataOptions:
         if self.test_documents is not None and self.test_documents < 1:
             yield f"test_documents = {self.test_documents}: leaves nothing to measure on; choose 1 or more"
         reasons = {
-            "private": "devices have nothing to train on",
             "public": "the server needs public text to distil and to tune",
             "test": "there is nothing to measure on",
         }

@@ -39,6 +39,22 @@ def make_tokenizer(options: TokenizerOptions, texts: Iterable[str], root: Path, 
     tokenizer.save_pretrained(folder)
 
 
+def tokenizer_from_json(text: str, end: str, folder: Path) -> None:
+    """Write the tokenizer that a `tokenizer.json` describes into `folder`.
+
+    Args:
+        end: its end-of-text token.
+
+    Raises:
+        DataError: it describes none.
+    """
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing narrower
+        raise DataError(f"not a tokenizer.json ({error}); save one with Tokenizer.save(...)") from error
+    _wrap(tokenizer, end).save_pretrained(folder)
+
+
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a model folder, or the one that `make_tokenizer` wrote.
 

@@ -28,7 +28,8 @@ class NamedDevice:
     Attributes:
         id: its name.
         model: the name of one of [[devices.models]].
-        files: its text: paths or patterns below the data root.
+        files: its text: paths or patterns below the data root; none where the text is on a device of a real fleet, which
+            names it in a configuration of its own (`deepfusion fleet`).
         domain: the domain that its text is shown under.
         text: template of a document without a prompt; "{text}" when there is no `prompt` either.
         prompt: template of what a document's answer is conditioned on.
@@ -38,7 +39,7 @@ class NamedDevice:
 
     id: str
     model: str
-    files: tuple[str, ...]
+    files: tuple[str, ...] = ()
     domain: str = "own"
     text: str | None = None
     prompt: str | None = None
@@ -118,18 +119,17 @@ class FleetOptions:
                 yield f'models: "{spec.name}": share = {spec.share}: must be a positive number; remove the section for no device'
 
     def _named_faults(self) -> Iterator[str]:
-        models = {spec.name for spec in self.models}
+        models, shared = {spec.name for spec in self.models}, set(shared_ids(self))
         for name, times in Counter(device.id for device in self.named).items():
             if times > 1:
                 yield f'named: the id "{name}" is given {times} times; every device needs its own'
         for device in self.named:
-            if not SAFE_ID.fullmatch(device.id) or device.id.startswith("device-"):
-                yield f'named: id = "{device.id}": letters, digits, dot, dash and underscore, not "device-..."; choose another id'
+            if not SAFE_ID.fullmatch(device.id) or device.id in shared:
+                taken = " (one of the `count` has this one)" if device.id in shared else ""
+                yield f'named: id = "{device.id}"{taken}: letters, digits, dot, dash and underscore; choose another id'
             if device.model not in models:
                 hint = did_you_mean(device.model, tuple(models))
                 yield f'named: "{device.id}": model = "{device.model}": not in [[devices.models]]{hint}; name one of them'
-            if not device.files:
-                yield f'named: "{device.id}": files = []: no text; give at least one path'
             if device.memory_limit_gib is not None and not device.memory_limit_gib > 0:
                 limit = device.memory_limit_gib
                 yield f'named: "{device.id}": memory_limit_gib = {limit}: must be positive; remove it for the fleet\'s limit'

@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from flwr.app import Message
 from flwr.common.constant import ErrorCode
-from flwr.serverapp import Grid
 
 from deepfusion.devices.memory import peak_memory_bytes
 from deepfusion.errors import FederationError, UploadError
 from deepfusion.federation.ledger import Ledger, Row
-from deepfusion.federation.messages import pack, pack_telemetry, read_telemetry, unpack
+from deepfusion.federation.messages import JOB, pack, pack_telemetry, read_telemetry, unpack
 from deepfusion.federation.payload import decode, encode
 from deepfusion.types import Payload, Progress, silent
 
@@ -33,6 +33,26 @@ TRANSPORT_ERRORS = {
 _POLL = 0.2
 
 
+Tell = Callable[[str, str, str], None]
+"""`tell(device_id, state, reason)`: what has become of a device, for those who watch; see `Roll`."""
+
+
+class Wire(Protocol):
+    """The part of a Flower `Grid` that the door needs."""
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Nodes that can be reached now."""
+        ...
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages; returns their ids."""
+        ...
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Replies to these messages that are there."""
+        ...
+
+
 @dataclass(frozen=True)
 class _Sent:
     device_id: str
@@ -42,7 +62,7 @@ class _Sent:
 @dataclass(frozen=True)
 class _Failure:
     reason: str
-    can_be_mended: bool
+    code: int | None = None
 
 
 class Door:
@@ -54,13 +74,16 @@ class Door:
 
     def __init__(
         self,
-        grid: Grid,
+        grid: Wire,
         nodes: Mapping[str, int],
         ledger: Ledger,
         *,
         retries: int = 1,
         timeout: float | None = None,
+        deadline: float | None = None,
         in_flight: int | None = None,
+        job: Callable[[str], Payload] | None = None,
+        tell: Tell = lambda device_id, state, reason: None,
         progress: Progress = silent,
     ) -> None:
         """Open the door.
@@ -69,15 +92,21 @@ class Door:
             grid: a local grid, or the one that a ServerApp is given on a fleet.
             nodes: node id of each device.
             ledger: where the bytes of both directions are booked.
-            retries: how often a device is asked again after its process or its connection broke.
-            timeout: seconds after which an answer is no longer waited for. For a fleet; a local grid has its own.
+            retries: how often a device is asked again after its process broke, or (without `timeout`) its connection.
+            timeout: seconds after which an answer is no longer waited for. For a fleet; a local grid has its own. With it, a
+                device whose connection broke is asked again as often as it comes back.
+            deadline: seconds after which a call waits for nobody any more, not even for those that never were online.
             in_flight: most messages that are out at the same time, None for one to every device at once. On a local
                 grid its `in_flight`, so that memory does not grow with the number of devices.
+            job: what a device needs before it can answer anything; goes along with its first request.
+            tell: told what becomes of each device.
             progress: told of every device that has answered or failed.
         """
         self._grid, self._nodes, self._ledger = grid, dict(nodes), ledger
-        self._retries, self._timeout, self._progress = retries, timeout, progress
+        self._retries, self._timeout, self._deadline = retries, timeout, deadline if deadline is not None else timeout
+        self._job, self._tell, self._progress = job, tell, progress
         self._in_flight = in_flight if in_flight is not None else max(1, len(self._nodes))
+        self._has_job: set[str] = set()
         self.failures: dict[str, str] = {}
 
     def __call__(self, requests: Mapping[str, Payload]) -> Iterator[tuple[str, Payload]]:
@@ -101,22 +130,24 @@ class Door:
         attempts = dict.fromkeys(requests, 0)
         sent: dict[str, _Sent] = {}
         failed: list[str] = []
-        answered = 0
+        answered, closes = 0, _after(self._deadline)
         while waiting or sent:
-            while waiting and len(sent) < self._in_flight:
-                device_id = waiting.popleft()
-                attempts[device_id] += 1
-                sent[self._send(device_id, requests[device_id])] = _Sent(device_id, self._expiry())
-            for device_id, outcome in self._receive(sent):
+            self._send_to_those_there(waiting, sent, requests)
+            arrivals = self._receive(sent) if time.monotonic() < closes else self._close(waiting, sent)
+            for device_id, outcome in arrivals:
                 if isinstance(outcome, Payload):
                     answered += 1
                     self.failures.pop(device_id, None)
-                elif outcome.can_be_mended and attempts[device_id] <= self._retries:
+                    self._tell(device_id, "answered", "")
+                elif self._can_be_mended(outcome, attempts[device_id]):
+                    attempts[device_id] += 1
                     waiting.append(device_id)
+                    self._tell(device_id, "waiting", outcome.reason)
                     continue
                 else:
                     self.failures[device_id] = outcome.reason
                     failed.append(device_id)
+                    self._tell(device_id, "failed", outcome.reason)
                 note = f"{len(failed)} failed" if failed else device_id
                 self._progress("devices", answered + len(failed), len(requests), note)
                 if isinstance(outcome, Payload):
@@ -127,23 +158,56 @@ class Door:
                 f"none of {len(failed)} devices answered; device {failed[0]}: {self.failures[failed[0]]}"
             )
 
+    def _can_be_mended(self, failure: _Failure, attempts: int) -> bool:
+        if failure.code not in TRANSPORT_ERRORS:
+            return False
+        comes_back = self._timeout is not None and failure.code != ErrorCode.CLIENT_APP_CRASHED
+        return comes_back or attempts < self._retries
+
+    def _send_to_those_there(
+        self, waiting: deque[str], sent: dict[str, _Sent], requests: Mapping[str, Payload]
+    ) -> None:
+        """Send the requests of devices that are online, as many as may be out; the others go on waiting."""
+        if not waiting or len(sent) >= self._in_flight:
+            return
+        online = set(self._grid.get_node_ids())
+        for _ in range(len(waiting)):
+            device_id = waiting.popleft()
+            if len(sent) < self._in_flight and self._nodes[device_id] in online:
+                sent[self._send(device_id, requests[device_id])] = _Sent(device_id, _after(self._timeout))
+                self._tell(device_id, "asked", "")
+            else:
+                waiting.append(device_id)
+
     def _send(self, device_id: str, request: Payload) -> str:
         """Send a request, book it, and return the message's id."""
         blob = encode(request)
+        content = pack(blob)
+        if self._job is not None and device_id not in self._has_job:
+            job = self._job(device_id)
+            told = encode(job)
+            content = pack(told, content, JOB)
+            self._ledger.book(Row(job.round, device_id, "down", job.what, len(told)))
         message = Message(
-            pack(blob), self._nodes[device_id], MESSAGE_TYPE, ttl=self._timeout, group_id=str(request.round)
+            content, self._nodes[device_id], MESSAGE_TYPE, ttl=self._timeout, group_id=str(request.round)
         )  # fmt: skip
         (message_id,) = self._grid.push_messages([message])
         self._ledger.book(Row(request.round, device_id, "down", request.what, len(blob)))
         return message_id
 
-    def _expiry(self) -> float:
-        return float("inf") if self._timeout is None else time.monotonic() + self._timeout
+    def _close(self, waiting: deque[str], sent: dict[str, _Sent]) -> Iterator[tuple[str, _Failure]]:
+        """The deadline has passed: whoever has not answered is missing."""
+        missing = [*((message.device_id, "has not answered") for message in sent.values()),
+                   *((device_id, "was not online") for device_id in waiting)]  # fmt: skip
+        sent.clear()
+        waiting.clear()
+        for device_id, why in missing:
+            yield device_id, _Failure(f"{why} by the deadline of {self._deadline:g} s; --resume asks it again")
 
     def _receive(self, sent: dict[str, _Sent]) -> Iterator[tuple[str, Payload | _Failure]]:
         """What has arrived or expired; takes it out of `sent`. Waits a little when there is nothing."""
         began = time.monotonic()
-        replies = deque(self._grid.pull_messages(list(sent)))
+        replies = deque(self._grid.pull_messages(list(sent)) if sent else ())
         if not replies:  # a grid that has itself waited for a reply is not made to wait again
             time.sleep(max(0.0, _POLL - (time.monotonic() - began)))
         while replies:
@@ -152,12 +216,12 @@ class Door:
         for message_id, message in list(sent.items()):
             if time.monotonic() > message.expires:
                 del sent[message_id]
-                yield message.device_id, _Failure(f"gave no answer within {self._timeout:g} s", can_be_mended=False)
+                yield message.device_id, _Failure(f"gave no answer within {self._timeout:g} s")
 
     def _open_reply(self, device_id: str, reply: Message) -> Payload | _Failure:
         """Book the bytes of a reply, and check and decode it."""
         if reply.has_error():
-            return _Failure(reply.error.reason or "it failed without a word", reply.error.code in TRANSPORT_ERRORS)
+            return _Failure(reply.error.reason or "it failed without a word", reply.error.code)
         source = f"device {device_id}"
         try:
             blob = unpack(reply, source)
@@ -167,9 +231,23 @@ class Door:
                 self._ledger.book(Row(0, device_id, "up", "refused", len(blob)))  # it did cross, whatever it was
                 raise
         except UploadError as error:
-            return _Failure(str(error), can_be_mended=False)
+            return _Failure(str(error))
         self._ledger.book(Row(payload.round, device_id, "up", payload.what, len(blob), *read_telemetry(reply)))
+        self._has_job.add(device_id)
         return payload
+
+
+def _after(seconds: float | None) -> float:
+    return float("inf") if seconds is None else time.monotonic() + seconds
+
+
+def job_of(message: Message) -> Payload | None:
+    """On the device: the job that came along with a request, if it is the first one.
+
+    Raises:
+        UploadError: it is not a payload.
+    """
+    return decode(unpack(message, "server", JOB), source="server") if JOB in message.content else None
 
 
 def answer(message: Message, device_id: str, handler: Callable[[Payload], Payload]) -> Message:

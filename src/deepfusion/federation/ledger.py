@@ -54,12 +54,17 @@ class Ledger:
         Raises:
             ResumeError: the file is not a ledger.
         """
-        self._path = path
         self._rows: dict[tuple[int, str, str, str], Row] = {}
         self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            self._load(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            for row in _parse(text, path):
+                self._add(row)
+            if text and not text.endswith(
+                "\n"
+            ):  # a crash in the middle of a row: what it booked is asked, and booked, again
+                write_atomic(path, text[: text.rfind("\n") + 1])
         # One write a row, at the end of the file, without a buffer: nothing to flush, and no row is mixed with another.
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         weakref.finalize(self, os.close, self._descriptor)
@@ -107,16 +112,29 @@ class Ledger:
         return told
 
     def _add(self, row: Row) -> None:
-        self._rows[row.round, row.device, row.direction, row.what] = row
+        self._rows[_key(row)] = row
 
-    def _load(self, text: str) -> None:
-        whole, _, torn = text.rpartition("\n")
-        for number, line in enumerate(whole.splitlines(), start=1):
-            try:
-                self._add(Row(**json.loads(line)))
-            except (ValueError, TypeError) as error:
-                raise ResumeError(
-                    f"{self._path}, line {number}: not a row of a ledger ({error}); delete the file to count anew"
-                ) from error
-        if torn:  # a crash in the middle of a row: what it booked is asked, and booked, again
-            write_atomic(self._path, whole + "\n" if whole else "")
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a ledger that somebody else may be writing, without those that were replaced.
+
+    Raises:
+        ResumeError: the file is not a ledger.
+    """
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return list({_key(row): row for row in _parse(text, path)}.values())
+
+
+def _key(row: Row) -> tuple[int, str, str, str]:
+    return row.round, row.device, row.direction, row.what
+
+
+def _parse(text: str, path: Path) -> Iterator[Row]:
+    """The rows of a ledger's whole lines; what a crash has left of a last one is left out."""
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
+        try:
+            yield Row(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise ResumeError(
+                f"{path}, line {number}: not a row of a ledger ({error}); delete the file to count anew"
+            ) from error

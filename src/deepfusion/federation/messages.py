@@ -16,14 +16,16 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 
 from deepfusion.errors import UploadError
 
-RECORD, BLOB, FORMAT, TELEMETRY = "payload", "blob", "safetensors", "telemetry"
+RECORD, JOB, BLOB, FORMAT, TELEMETRY = "payload", "job", "blob", "safetensors", "telemetry"
 _LENGTH = 8
 
 
-def pack(blob: bytes) -> RecordDict:
-    """A message's content that is one blob."""
+def pack(blob: bytes, content: RecordDict | None = None, record: str = RECORD) -> RecordDict:
+    """A message's content that is one blob; or `content` with one more."""
     array = Array("uint8", (len(blob),), FORMAT, blob)
-    return RecordDict({RECORD: ArrayRecord({BLOB: array}, keep_input=False)})
+    content = RecordDict() if content is None else content
+    content[record] = ArrayRecord({BLOB: array}, keep_input=False)
+    return content
 
 
 def pack_telemetry(content: RecordDict, seconds: float, peak_memory_bytes: int) -> RecordDict:
@@ -42,17 +44,17 @@ def read_telemetry(message: Message) -> tuple[float, int]:
     return seconds, peak
 
 
-def unpack(message: Message, source: str) -> bytes | memoryview:
-    """The blob of a message's content.
+def unpack(message: Message, source: str, name: str = RECORD) -> bytes | memoryview:
+    """The blob of a message's content, in the record of this name.
 
     Raises:
         UploadError: the content is not what `pack` makes.
     """
     # Not by `content.array_records`, here and below: it makes a circle of references, which keeps the blob in memory.
-    record = message.content.get(RECORD)
+    record = message.content.get(name)
     array = record.get(BLOB) if isinstance(record, ArrayRecord) else None
     if array is None or array.stype != FORMAT:
-        raise UploadError(f'{source}: its message has no "{RECORD}" with a {FORMAT} blob; answer it with `door.answer`')
+        raise UploadError(f'{source}: its message has no "{name}" with a {FORMAT} blob; answer it with `door.answer`')
     return array.data
 
 

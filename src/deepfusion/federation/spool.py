@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from deepfusion.artifacts import write_atomic
-from deepfusion.errors import FederationError, UploadError
+from deepfusion.errors import DiskError, FederationError, UploadError
 from deepfusion.federation.payload import inspect_file, parts, read_file
 from deepfusion.types import Call, Payload
 
@@ -56,14 +56,25 @@ class Spool:
         return read_file(self.path(device_id), source=f"device {device_id}")
 
     def put(self, device_id: str, payload: Payload) -> None:
-        """Write an upload as one safetensors file; it is on the disk when this returns."""
+        """Write an upload as one safetensors file; it is on the disk when this returns.
+
+        Raises:
+            DiskError: the disk is full, or the folder cannot be written for another reason.
+        """
         final = self.path(device_id)
         partial = self.folder / f".{device_id}.{os.getpid()}.partial"
-        with open(partial, "wb") as file:
-            for part in parts(payload):
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(partial, "wb") as file:
+                for part in parts(payload):
+                    file.write(part)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            partial.unlink(missing_ok=True)  # half an upload is of no use, and others may still fit
+            size = sum(len(part) for part in parts(payload))
+            raise DiskError(
+                f"{final}: {size:,} bytes cannot be written ({error.strerror}); make room there and go on with --resume"
+            ) from error
         os.replace(partial, final)
         descriptor = os.open(self.folder, os.O_RDONLY)  # the new name is on the disk only with its folder
         os.fsync(descriptor)
@@ -99,7 +110,12 @@ def as_it_came(device_id: str, payload: Payload) -> Payload:
 
 
 def collect(
-    call: Call, requests: Mapping[str, Payload], spool: Spool, check: Check = _accept, opened: Open = as_it_came
+    call: Call,
+    requests: Mapping[str, Payload],
+    spool: Spool,
+    check: Check = _accept,
+    minimum: int = 1,
+    opened: Open = as_it_came,
 ) -> list[str]:
     """Bring the uploads of the devices into the spool, one at a time, and return who is in it, in order of `requests`.
 
@@ -108,10 +124,11 @@ def collect(
 
     Args:
         check: of what is kept, in this run and in a resumed one.
+        minimum: the quorum: how many good uploads are enough, of those that were asked.
         opened: what is kept of an arrival.
 
     Raises:
-        FederationError: no upload is left; says why the first one was refused.
+        FederationError: there are fewer; says who is missing, and why the first one was refused.
     """
     have = {device_id for device_id in requests if _is_good(device_id, spool, check)}
     missing = {device_id: request for device_id, request in requests.items() if device_id not in have}
@@ -125,6 +142,12 @@ def collect(
         reasons = [reason for device_id, reason in spool.rejected().items() if device_id in requests]
         said = f"the first of {len(reasons)} refused: {reasons[0]}" if reasons else "none was asked"
         raise FederationError(f"no device's upload can be used; {said}")
+    if len(have) < min(minimum, len(requests)):
+        missing = [device_id for device_id in requests if device_id not in have]
+        raise FederationError(
+            f"{len(have)} of {len(requests)} devices answered, [federation] minimum_devices = {minimum}; missing: "
+            f"{', '.join(missing)}; what has arrived is kept: see to them and go on with --resume, or lower the minimum"
+        )
     return [device_id for device_id in requests if device_id in have]
 
 

@@ -115,6 +115,7 @@ class Site:
         seed: the run's seed.
         cache: a folder shared by runs, for warm-start checkpoints.
         until: name of the stage to stop after, or None.
+        quorum: how many of the devices that are asked have to answer.
         note: called with a sentence for the record's notes.
     """
 
@@ -130,6 +131,7 @@ class Site:
     progress: Progress
     note: Callable[[str], None]
     until: str | None = None
+    quorum: int = 1
 
     def keep(self, name: str, make: Callable[[Path], None], *parts: Any) -> Path:
         """The stage's folder, made unless it is there with the same inputs and options (`RunFolder.keep`).

@@ -10,13 +10,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from deepfusion.artifacts import key_of, write_atomic
 from deepfusion.data.packing import PackedText
 from deepfusion.devices import models
 from deepfusion.devices.device import Device
-from deepfusion.devices.memory import num_parameters
+from deepfusion.devices.memory import gib, num_parameters, training_memory
+from deepfusion.errors import MemoryLimitError
 from deepfusion.federation.spool import Check, Open, Spool, as_it_came, collect
 from deepfusion.methods.base import Site
 from deepfusion.stages.embed import Embedding, HashedTfidf
@@ -117,6 +118,8 @@ def ask_everyone(
 
 def first_model(device: Device, request: Payload) -> PreTrainedModel:
     """On the device: its own model before any training, with the weights of the request or else from the request's seed."""
+    vocabulary, length = int(request.metadata["vocab_size"]), device.sequence_length
+    check_fits(device, models.config_of(device.model, vocab_size=vocabulary, positions=length))
     model = models.build(
         device.model,
         vocab_size=int(request.metadata["vocab_size"]),
@@ -128,6 +131,22 @@ def first_model(device: Device, request: Payload) -> PreTrainedModel:
     if sent := with_prefix(request, MODEL):
         load_distinct(model, sent)
     return model
+
+
+def check_fits(device: Device, config: PreTrainedConfig) -> None:
+    """On the device: refuse, before a model is built, to train what needs more memory than the device gives.
+
+    Raises:
+        MemoryLimitError: names the device, both sizes and the cure.
+    """
+    if device.memory_limit_bytes is None:
+        return
+    need = training_memory(config, device.training, device.sequence_length).total
+    if need > device.memory_limit_bytes:
+        raise MemoryLimitError(
+            f"{device.id} gives {gib(device.memory_limit_bytes)}, the training of a {config.model_type} needs {gib(need)}; "
+            "raise its memory_gib, or ask for smaller batches or a smaller model"
+        )
 
 
 def describe_text(device: Device, request: Payload, embed: Embedding) -> torch.Tensor:
@@ -186,7 +205,7 @@ def spool_answers(
         opened: see `collect`.
     """
     spool = Spool(site.folder / place, key)
-    have = collect(call, requests, spool, check, opened)
+    have = collect(call, requests, spool, check, site.quorum, opened)
     for device_id, reason in spool.rejected().items():
         site.note(f"upload of {device_id} was refused: {reason}")
     return {device_id: spool.path(device_id) for device_id in have}

@@ -30,7 +30,7 @@ class FedAvg(rounds.Rounds):
 
     def client(self, device: Device, request: Payload) -> Payload:
         """Train the MoE on the round's part of the device's text."""
-        model = rounds.received_model(request)
+        model = rounds.received_model(device, request)
         load_distinct(model, exchange.with_prefix(request, MODEL))
         penalty = balance_penalty(model, self.balance) if self.balance else None
         told = rounds.train_part(device, request, model, penalty)

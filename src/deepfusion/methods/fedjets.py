@@ -213,7 +213,7 @@ class FedJets(rounds.Rounds):
             return _preferences(device, request)
         hosted = [int(e) for e in str(request.metadata["hosted"]).split(",")]
         sent = exchange.with_prefix(request, MODEL)
-        model = rounds.received_model(request)
+        model = rounds.received_model(device, request)
         gates = by_layer({name: tensor for name, tensor in sent.items() if ROUTER.search(name)})
         load_distinct(model, {**sent, **{name: tensor[hosted] for name, tensor in gates.items()}})
         penalty = self._penalty(model, list(gates.values()), hosted, int(request.metadata["anchor"]))

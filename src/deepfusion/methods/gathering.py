@@ -140,7 +140,9 @@ class Gathering:
         return [device for device in queue if device not in asked][: max(0, lacking)]
 
     def _collect(self, requests: Mapping[str, Payload], embedding_size: int | None) -> list[Upload]:
-        return collect_uploads(self.site, self.call, requests, self.initials, self.upload, self.key, embedding_size)
+        # Of medoids the quorum is that of the embeddings: who fails is replaced by the next.
+        site = self.site if self.upload.select == "all" else replace(self.site, quorum=1)
+        return collect_uploads(site, self.call, requests, self.initials, self.upload, self.key, embedding_size)
 
     def _describe(self) -> Described:
         arrays = {exchange.PUBLISHED + name: tensor for name, tensor in self.published.items()}

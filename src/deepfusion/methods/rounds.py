@@ -184,9 +184,15 @@ def request(state: State, config: PreTrainedConfig, parts: int) -> Payload:
     return Payload("model", arrays, {"config": config.to_json_string(use_diff=False), "parts": parts})
 
 
-def received_model(request: Payload) -> PreTrainedModel:
-    """On the device: a model of the request's configuration; its weights are yet to be put in."""
-    return models.from_config(models.config_from_json(str(request.metadata["config"])), seed=0)
+def received_model(device: Device, request: Payload) -> PreTrainedModel:
+    """On the device: a model of the request's configuration; its weights are yet to be put in.
+
+    Raises:
+        MemoryLimitError: the device does not give the memory that its training needs.
+    """
+    config = models.config_from_json(str(request.metadata["config"]))
+    exchange.check_fits(device, config)
+    return models.from_config(config, seed=0)
 
 
 Told = Mapping[str, str | int | float | bool]

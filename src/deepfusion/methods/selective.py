@@ -248,7 +248,7 @@ class SelectiveRounds(rounds.RoundOptions):
             sent = with_kept(device, sent, request.round, int(request.metadata["since"]))
         frozen = {name.removeprefix(FROZEN): tensor for name, tensor in sent.items() if name.startswith(FROZEN)}
         pieces = {name: tensor for name, tensor in sent.items() if not name.startswith(FROZEN)}
-        model = rounds.received_model(request)
+        model = rounds.received_model(device, request)
         layers = families[model.config.model_type].moe_layers(model.config)
         state = together(pieces, hosted, layers)
         balance = balance_penalty(model, self.balance) if self.balance else None

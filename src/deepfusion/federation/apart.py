@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A SuperLink's grid of which every reply is pulled in a thread of its own: half an upload keeps no other one waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from flwr.app import Message
+
+from deepfusion.federation.door import Wire
+
+
+class PulledApart:
+    """The same grid, whose `pull_messages` never waits.
+
+    Flower's own waits up to three minutes for a reply of which its node has sent only a part. At most `threads` replies
+    are being pulled or lie here unfetched, which bounds the memory.
+    """
+
+    def __init__(self, grid: Wire, threads: int = 8) -> None:
+        self._grid, self._threads = grid, threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="pull")
+        self._pulls: dict[str, Future[list[Message]]] = {}
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Nodes that are online."""
+        return self._grid.get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages; returns their ids."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Replies that have been pulled since the last call.
+
+        Raises:
+            Exception: what Flower raised where the SuperLink could not be reached.
+        """
+        wanted = list(message_ids)
+        replies: list[Message] = []
+        for message_id, pull in list(self._pulls.items()):
+            if pull.done():
+                del self._pulls[message_id]
+                replies += pull.result() if message_id in wanted else []
+        for message_id in wanted:
+            if message_id not in self._pulls and len(self._pulls) < self._threads:
+                self._pulls[message_id] = self._pool.submit(self._pull, message_id)
+        return replies
+
+    def _pull(self, message_id: str) -> list[Message]:
+        return list(self._grid.pull_messages([message_id]))
+
+    def close(self) -> None:
+        """Wait for no thread any more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)

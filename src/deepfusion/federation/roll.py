@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The roll of a fleet: what the server last saw of each device, in a file that `deepfusion fleet status` reads."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+from deepfusion.artifacts import write_atomic
+from deepfusion.errors import ResumeError
+
+ROLL = "roll.json"
+"""Its name in a run folder."""
+STATES = ("registered", "asked", "waiting", "answered", "failed")
+"""Of a device: its key is known; it works on a request; it is to be asked again once it is back; its answer is here; or not."""
+_EVERY = 3.0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One device.
+
+    Attributes:
+        state: one of `STATES`.
+        reason: why it waits or has failed, as it was told.
+        since: when the state began, seconds since 1970.
+        online: whether its node was connected when the server last looked.
+    """
+
+    state: str = "registered"
+    reason: str = ""
+    since: float = field(default_factory=time.time)
+    online: bool = False
+
+
+class Roll:
+    """Written by the server whenever something has changed; never read by it."""
+
+    def __init__(self, path: Path, nodes: Mapping[str, int]) -> None:
+        """Begin with devices of which nothing is known but their node ids."""
+        self._path, self._nodes = path, dict(nodes)
+        self._entries = {device_id: Entry() for device_id in nodes}
+        self._lock = threading.Lock()
+        self._write()
+
+    @contextmanager
+    def watching(self, look: Callable[[], Iterable[int]]) -> Generator[Self]:
+        """Note every few seconds who is online, for as long as the context lasts.
+
+        Args:
+            look: asks for the ids of the nodes that are.
+        """
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(_EVERY):
+                with suppress(Exception):  # the SuperLink is gone; whoever waits for an upload says so
+                    self.look(look())
+
+        thread = threading.Thread(target=watch, name="roll", daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            over.set()
+            thread.join(_EVERY)
+
+    def tell(self, device_id: str, state: str, reason: str) -> None:
+        """Note what has become of a device."""
+        line = reason.splitlines()[0] if reason else ""
+        with self._lock:
+            self._entries[device_id] = replace(self._entries[device_id], state=state, reason=line, since=time.time())
+            self._write()
+
+    def look(self, online: Iterable[int]) -> None:
+        """Note who is online."""
+        present = set(online)
+        with self._lock:
+            for device_id, node in self._nodes.items():
+                self._entries[device_id] = replace(self._entries[device_id], online=node in present)
+            self._write()
+
+    def _write(self) -> None:
+        devices = {device_id: asdict(entry) for device_id, entry in self._entries.items()}
+        write_atomic(self._path, json.dumps({"seen": time.time(), "devices": devices}, indent=1))
+
+
+def read_roll(path: Path) -> tuple[float, dict[str, Entry]]:
+    """When the server last looked (seconds since 1970), and what it saw.
+
+    Raises:
+        ResumeError: there is no roll, or it is none.
+    """
+    try:
+        told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return float(told["seen"]), {device_id: Entry(**entry) for device_id, entry in told["devices"].items()}
+    except FileNotFoundError:
+        raise ResumeError(f"{path}: no fleet has run here; give the folder of a `deepfusion fleet run`") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ResumeError(
+            f"{path}: not the roll of a fleet ({error}); the next `deepfusion fleet run` writes it anew"
+        ) from error

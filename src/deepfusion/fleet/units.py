@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `deepfusion fleet init` writes for people and for systemd: the units, the README with the exact commands, the thin app."""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+APP = """# A Flower app without code: its two components are in the installed package. Devices run theirs whatever this says.
+[project]
+name = "deepfusion-fleet"
+version = "1.0.0"
+description = "deepfusion over a fleet of machines"
+license = "Apache-2.0"
+dependencies = ["flwr>=1.41,<1.42"]
+
+[tool.flwr.app]
+publisher = "deepfusion"
+
+[tool.flwr.app.components]
+serverapp = "deepfusion.app:server_app"
+clientapp = "deepfusion.app:client_app"
+
+[tool.flwr.app.config]
+server = ""
+token = ""
+resume = false
+until = ""
+"""
+
+_UNIT = """# {{ name }}: {{ what }}
+[Unit]
+Description={{ what }}
+After=network-online.target{{ after }}
+Wants=network-online.target
+
+[Service]
+Type=exec
+User=deepfusion
+ExecStart={{ command }}
+{%- for line in more %}
+{{ line }}
+{%- endfor %}
+RestartSec=10
+NoNewPrivileges=yes
+PrivateTmp=yes
+ProtectHome=read-only
+ProtectSystem=strict
+ReadWritePaths={{ writes }}
+Environment=OMP_NUM_THREADS=1
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+_README = """# A trial fleet of {{ devices|length }} devices
+
+Everything here was written by `deepfusion fleet init`. One command runs all of it on this machine, on loopback:
+
+    deepfusion fleet up {{ folder }}
+
+## On machines of their own
+
+Copy `server/` to the server, each `devices/<id>/` to its device, and nothing else to anyone. `devices/<id>/key` is that
+device's private key: let it make its own instead (`ssh-keygen -t ecdsa -b 384 -N "" -f key`) and send you `key.pub`, which
+goes to `server/keys/<id>.pub`. `server/tls/` holds a certificate authority for the trial: use your network's own, made out to
+the server's name, and name it in `server/fleet.toml` (`name`, `ca`, `certificate`, `key`) and in each `device.toml`
+(`[connection]`). Clocks have to agree to within 5 seconds (NTP), or a device is not let in.
+
+On the server:
+
+    deepfusion fleet link {{ folder }}/server          # the SuperLink; keeps running
+    deepfusion fleet register {{ folder }}/server      # who may join: once after each start of the SuperLink
+    deepfusion fleet run {{ folder }}/server           # the run; --resume goes on with one that was cut off
+    deepfusion fleet status {{ folder }}/server/run    # who is online, training, done
+
+On each device:
+
+{% for id in devices %}    deepfusion fleet node {{ folder }}/devices/{{ id }}/device.toml
+{% endfor %}
+## With systemd
+
+`units/` has a unit for each of these, with `Restart=always`; mend the paths, then
+
+    sudo useradd --system deepfusion
+    sudo cp units/deepfusion-superlink.service units/deepfusion-run.service /etc/systemd/system/    # on the server
+    sudo cp units/deepfusion-node-<id>.service /etc/systemd/system/                                 # on a device
+    sudo systemctl daemon-reload
+    sudo systemctl enable --now deepfusion-superlink deepfusion-run     # on the server
+    sudo systemctl enable --now deepfusion-node-<id>                    # on a device
+
+The port of the SuperLink serves devices (`/v1/fleet`) and the operator (`/v1/control`) alike. Let a reverse proxy pass on
+`/v1/fleet` alone, and keep the port itself on loopback: see docs/fleet.md.
+"""
+
+
+def unit_files(server: Path, devices: Mapping[str, Path]) -> dict[str, str]:
+    """The text of each systemd unit, by file name.
+
+    Args:
+        server: the server's folder.
+        devices: each device's own configuration, by device id.
+    """
+    program = Path(sysconfig.get_path("scripts")) / "deepfusion"
+    link, run = "deepfusion-superlink.service", "deepfusion-run.service"
+    register = f"ExecStartPost={program} fleet register {server}"
+    found = {
+        link: _unit(link, "the SuperLink of a deepfusion fleet", f"{program} fleet link {server}", str(server),
+                    register, "Restart=always", "TimeoutStartSec=300"),
+        run: _unit(run, "the run of a deepfusion fleet", f"{program} fleet run {server} --resume", str(server),
+                   "Restart=on-failure", after=f" {link}"),
+    }  # fmt: skip
+    for device_id, path in devices.items():
+        name = f"deepfusion-node-{device_id}.service"
+        command = f"{program} fleet node {path}"
+        found[name] = _unit(
+            name, f"device {device_id} of a deepfusion fleet", command, str(path.parent), "Restart=always"
+        )
+    return found
+
+
+def readme(folder: Path, devices: Sequence[str]) -> str:
+    """The README of a trial fleet."""
+    return _fill(_README, folder=folder, devices=devices)
+
+
+def _unit(name: str, what: str, command: str, writes: str, *more: str, after: str = "") -> str:
+    return _fill(_UNIT, name=name, what=what, command=command, writes=writes, more=more, after=after)
+
+
+def _fill(template: str, **values: object) -> str:
+    return (
+        Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+        .from_string(template)
+        .render(values)
+    )
