@@ -13,17 +13,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from flwr.app import Context
 from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid, ServerApp
 
-from deepfusion.app import launch
+from deepfusion.app import PRELOAD, launch, serve
 from deepfusion.config import parse_config
 from deepfusion.errors import ConfigError, DiskError, FederationError
 from deepfusion.federation import spool
 from deepfusion.federation.ledger import Ledger, read_rows
+from deepfusion.federation.local_grid import LocalGrid
 from deepfusion.federation.payload import encode
 from deepfusion.fleet import job
 from deepfusion.fleet.device_file import load_device
 from deepfusion.fleet.layout import Layout
+from deepfusion.run import open_folder
 from deepfusion.stages.embed import FrozenEncoder
 from fleet_world import IDS, Wires, failing, fleet_tree, make_fleet, result_bytes, serve_fleet, server_config
 from small_world import write_text
@@ -277,3 +281,47 @@ def test_a_ledger_is_read_while_it_is_written(tmp_path: Path) -> None:
     assert path.read_text().endswith('{"ro')
     assert [row.bytes for row in Ledger(path).rows()] == [3]
     assert path.read_text().endswith("}\n")
+
+
+def test_a_full_disk_on_a_device_is_told_and_mended(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def full(descriptor: int) -> None:
+        if "device-001/place" in os.readlink(f"/proc/self/fd/{descriptor}") and not mended:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    mended: list[bool] = []
+    monkeypatch.setattr(spool.os, "fsync", full)
+    wires, failures = Wires(layout), {}
+    with pytest.raises(FederationError, match="missing: device-001"):
+        serve_fleet(layout, wires, "federation.minimum_devices=3", until="uploads",
+                    tell=lambda device, state, reason: failures.update({device: reason}))  # fmt: skip
+    assert "No space left on device" in failures["device-001"]
+    mended.append(True)
+    serve_fleet(layout, wires, "federation.minimum_devices=3", until="uploads", resume=True)
+    assert trainings(layout) == dict.fromkeys(IDS, 1)
+    assert wires.asked == {"device-000": 1, "device-001": 2, "device-002": 1}
+
+
+def test_a_request_that_takes_too_long_is_ended_by_the_device(layout: Layout) -> None:
+    path = layout.devices()["device-000"]
+    path.write_text(path.read_text().replace("hours = 24.0", "hours = 0.002"))
+    config = server_config(layout, "devices.epochs=1e6", "devices.max_steps=100000000")
+    config = replace(config, devices=replace(config.devices, named=config.devices.named[:1]))
+    folder = open_folder(config, layout.server / "run", resume=False)
+    node = {"device": str(path)}
+    with LocalGrid("deepfusion.app:client_app", ["device-000"], node_config=node, preload=PRELOAD) as grid:
+        server, failures = ServerApp(), {}
+
+        @server.main()
+        def main(_grid: Grid, _context: Context) -> None:
+            serve(
+                config, folder, grid, grid.nodes, until="uploads", timeout=300,
+                tell=lambda device, state, reason: failures.update({device: reason}),
+                job=lambda card: job.job_payload(config, folder / "data" / "tokenizer", card.model.name),
+            )  # fmt: skip
+
+        with pytest.raises(FederationError, match="none of 1 devices answered"):
+            grid.serve(server)
+    assert "its process ended before it answered" in failures["device-000"]

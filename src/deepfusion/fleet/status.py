@@ -69,12 +69,16 @@ def fleet_status(run: Path) -> FleetStatus:
     now, rows = time.time(), read_rows(run / "ledger.jsonl")
     running = now - seen < STALE_SECONDS
 
+    def state(device_id: str, told: str) -> str:
+        kept = told == "registered" and (run / "uploads" / f"{device_id}.safetensors").exists()
+        return WORDS["answered" if kept else told]  # a resumed run does not ask for what it has
+
     def total(device_id: str, direction: str) -> int:
         return sum(row.bytes for row in rows if row.device == device_id and row.direction == direction)
 
     return FleetStatus(running, [
         DeviceStatus(
-            device_id, WORDS[entry.state], entry.online if running else None, round(max(0.0, now - entry.since), 1),
+            device_id, state(device_id, entry.state), entry.online if running else None, round(max(0.0, now - entry.since), 1),
             entry.reason, total(device_id, "down"), total(device_id, "up"),
         )
         for device_id, entry in sorted(entries.items())

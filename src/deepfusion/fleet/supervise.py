@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from deepfusion.errors import FederationError
 from deepfusion.fleet import commands
 from deepfusion.fleet.device_file import load_device
@@ -45,6 +47,7 @@ class Service:
     log: Path
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
     _died: float = field(default=0.0, init=False)
+    _children: set[psutil.Process] = field(default_factory=set[psutil.Process], init=False)
 
     def start(self) -> None:
         """Start it, in a process group of its own."""
@@ -57,7 +60,11 @@ class Service:
 
     def is_alive(self) -> bool:
         """Whether the process runs."""
-        return self.process is not None and self.process.poll() is None
+        if self.process is None or self.process.poll() is not None:
+            return False
+        with contextlib.suppress(psutil.Error):  # some children begin a session of their own: no group holds them all
+            self._children |= set(psutil.Process(self.process.pid).children(recursive=True))
+        return True
 
     def revive(self) -> bool:
         """Start it again where it has been dead for a while; whether it was."""
@@ -74,11 +81,19 @@ class Service:
         """End it and all its children, and wait until it has ended."""
         if self.process is None:
             return
+        self.is_alive()  # to know all of its children
         for number in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(10)
+        for child in self._children:
+            with contextlib.suppress(
+                psutil.Error
+            ):  # it has ended; a psutil.Process is never another one with its number
+                child.kill()
+        psutil.wait_procs(list(self._children), timeout=10)
+        self._children.clear()
 
 
 @dataclass
@@ -134,7 +149,7 @@ def fleet_on_this_machine(layout: Layout) -> Generator[Fleet]:
         yield fleet
     finally:
         for node in fleet.nodes.values():
-            if node.process is not None:
+            if node.is_alive() and node.process is not None:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(node.process.pid, signal.SIGTERM)  # all at once; `end` waits for each
         for service in (*fleet.nodes.values(), fleet.link):

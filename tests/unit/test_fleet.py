@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of a fleet by themselves: files with faults, programs that may be started, pulls that do not wait for each other."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from flwr.app import Message
+
+from deepfusion.config import parse_config
+from deepfusion.errors import ConfigError, FederationError, ResumeError
+from deepfusion.federation.apart import PulledApart
+from deepfusion.federation.roll import ROLL, Roll
+from deepfusion.fleet import commands
+from deepfusion.fleet.credentials import write_certificates
+from deepfusion.fleet.device_file import load_device
+from deepfusion.fleet.layout import init_fleet
+from deepfusion.fleet.server_file import open_server
+from deepfusion.fleet.status import fleet_status
+from deepfusion.fleet.trial import trial_config
+from deepfusion.run import check_text
+from fleet_world import make_fleet
+from small_world import small_tree, write_text
+
+DEVICE = """id = "a"
+{}
+[model]
+name = "gpt2"
+preset = "gpt2-pico"
+[text]
+files = ["a.txt"]
+[connection]
+superlink = "localhost:1"
+certificate = "ca.crt"
+key = "key"
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('id = "a"', 'id = "../a"', r'id = "\.\./a": letters'),
+        ('preset = "gpt2-pico"', 'preset = "gpt3-pico"', 'preset = "gpt3-pico": unknown .did you mean "gpt2-pico"'),
+        ('preset = "gpt2-pico"', "", "none of preset, folder, hub given; give exactly one"),
+        ('["a.txt"]', "[]", r"files = \[\]: no text to train on"),
+        ('["a.txt"]', '["a.doc"]', r'files: "a.doc": unknown kind of file'),
+        ("[text]", "[limits]\nhours = 0.0\n[text]", "hours = 0.0: no request could be answered"),
+        ("[text]", "[limits]\nthreads = 0\n[text]", "threads = 0: a training runs on at least one"),
+        ('key = "key"', 'key = "key"\nserver = "x"', r'\[connection\] server = "x": unknown key'),
+        ("{}", 'methods = ["fedavgg"]', '"fedavgg": no such method .did you mean "fedavg"'),
+    ],
+)
+def test_a_fault_in_a_devices_file_is_named_with_its_cure(old: str, new: str, said: str, tmp_path: Path) -> None:
+    (path := tmp_path / "device.toml").write_text(DEVICE.replace(old, new, 1).replace("{}", ""))
+    with pytest.raises(ConfigError, match=said) as caught:
+        load_device(path)
+    assert len(caught.value.faults) == 1
+
+
+def test_a_device_takes_part_in_one_shot_fusion_alone_unless_it_says_otherwise(tmp_path: Path) -> None:
+    (path := tmp_path / "device.toml").write_text(DEVICE.replace("{}", ""))
+    own = load_device(path)
+    assert own.methods == ("deepfusion",)
+    assert (own.limits.threads, own.limits.hours, own.limits.memory_gib) == (1, 24.0, None)
+
+
+def test_a_node_can_start_two_programs_and_no_other(tmp_path: Path) -> None:
+    (path := tmp_path / "device.toml").write_text(DEVICE.replace("{}", ""))
+    arguments, environment = commands.node_command(load_device(path), path)
+    assert sorted(os.listdir(environment["PATH"])) == ["flower-superexec", "flwr-clientapp"]
+    assert "deepfusion.app:client_app" in (Path(environment["PATH"]) / "flwr-clientapp").read_text()
+    assert environment["FLWR_TELEMETRY_ENABLED"] == "0"
+    assert environment["HF_HUB_OFFLINE"] == "1"
+    assert "--insecure" not in arguments
+
+
+def test_what_init_writes_is_a_fleet_with_secrets_for_their_owners_alone(tmp_path: Path) -> None:
+    write_text(tmp_path / "text")
+    layout = make_fleet(tmp_path / "text", tmp_path / "trial")
+    server = open_server(layout.server)
+    assert list(server.public_keys()) == list(layout.devices()) == ["device-000", "device-001", "device-002"]
+    secrets = [*layout.folder.glob("devices/*/key"), server.path(server.file.key), layout.server / "tls/ca.key"]
+    assert all(path.stat().st_mode & 0o077 == 0 for path in secrets)
+    units = {path.name: path.read_text() for path in (layout.folder / "units").iterdir()}
+    assert len(units) == 5
+    assert all("Restart=always" in text for name, text in units.items() if "node" in name or "superlink" in name)
+    readme = (layout.folder / "README.md").read_text()
+    assert f"deepfusion fleet node {layout.device('device-001')}/device.toml" in readme
+    with pytest.raises(ConfigError, match="is not empty; choose a new folder"):
+        make_fleet(tmp_path / "text", tmp_path / "trial")
+    with pytest.raises(FederationError, match="no device is registered; run: deepfusion fleet register"):
+        server.nodes()
+
+
+def test_the_text_of_named_devices_stays_where_it_is(tmp_path: Path) -> None:
+    write_text(tmp_path / "text")
+    tree = small_tree(tmp_path / "text")
+    tree["devices"]["named"] = [{"id": "clinic", "model": "gpt2", "files": ["garden/private.jsonl"], "text": "{text}"}]
+    layout = init_fleet(parse_config(tree), tmp_path / "trial", devices=3)
+    own = load_device(layout.devices()["clinic"])
+    assert own.text.files == (str(tmp_path / "text" / "garden/private.jsonl"),)
+    assert not (layout.device("clinic") / "text.jsonl").exists()
+    with pytest.raises(ConfigError, match="no files; add them, or reach the devices by `deepfusion fleet run`"):
+        check_text(parse_config({**tree, "devices": {**tree["devices"], "named": [{"id": "clinic", "model": "gpt2"}]}}))
+
+
+def test_a_trial_needs_no_configuration() -> None:
+    assert trial_config(["devices.count=4"], seed=3).devices.count == 4
+    assert trial_config().seed == 0
+
+
+def test_the_certificate_is_made_out_to_the_server_and_to_loopback(tmp_path: Path) -> None:
+    write_certificates(tmp_path, "fusion.example")
+    ca, server = (x509.load_pem_x509_certificate((tmp_path / f"{n}.crt").read_bytes()) for n in ("ca", "server"))
+    names = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert set(names.get_values_for_type(x509.DNSName)) == {"fusion.example", "localhost"}
+    assert {str(address) for address in names.get_values_for_type(x509.IPAddress)} == {"127.0.0.1", "::1"}
+    server.verify_directly_issued_by(ca)
+
+
+def test_a_reply_that_is_stuck_keeps_no_other_waiting() -> None:
+    stuck = threading.Event()
+
+    class Grid:
+        def get_node_ids(self) -> Iterable[int]:
+            return [1]
+
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            return ["m"]
+
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[str]:
+            (message_id,) = message_ids
+            if message_id == "half":
+                stuck.wait(60)
+            return [f"reply to {message_id}"]
+
+    grid = PulledApart(Grid(), threads=2)  # type: ignore[arg-type]
+    found: list[object] = []
+    waiting = ["half", "a", "b", "c"]
+    for _ in range(600):
+        arrived = list(grid.pull_messages(waiting))
+        found += arrived
+        waiting = [name for name in waiting if f"reply to {name}" not in arrived]
+        if waiting == ["half"]:
+            break
+        time.sleep(0.05)
+    assert found == ["reply to a", "reply to b", "reply to c"]
+    stuck.set()
+    grid.close()
+
+
+def test_the_status_is_what_the_server_last_saw(tmp_path: Path) -> None:
+    with pytest.raises(ResumeError, match="no fleet has run here"):
+        fleet_status(tmp_path)
+    roll = Roll(tmp_path / ROLL, {"a": 1, "b": 2, "c": 3, "d": 4})
+    roll.look([1, 2])
+    roll.tell("a", "answered", "")
+    roll.tell("b", "failed", "it broke\nand more")
+    (tmp_path / "ledger.jsonl").write_text(
+        '{"round": 0, "device": "a", "direction": "up", "what": "model", "bytes": 7}\n'
+    )
+    (tmp_path / "uploads").mkdir()
+    (tmp_path / "uploads" / "d.safetensors").touch()  # of a run that was killed
+    status = fleet_status(tmp_path)
+    assert status.running
+    assert [(d.device, d.state, d.online, d.reason, d.up_bytes) for d in status.devices] == [
+        ("a", "uploaded", True, "", 7), ("b", "failed", True, "it broke", 0), ("c", "registered", False, "", 0),
+        ("d", "uploaded", False, "", 0),
+    ]  # fmt: skip
