@@ -324,4 +324,4 @@ def test_a_request_that_takes_too_long_is_ended_by_the_device(layout: Layout) ->
 
         with pytest.raises(FederationError, match="none of 1 devices answered"):
             grid.serve(server)
-    assert "its process ended before it answered" in failures["device-000"]
+    assert "its process ended with exit code 1 before it answered" in failures["device-000"]
