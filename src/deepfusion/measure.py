@@ -14,19 +14,14 @@ import numpy as np
 
 from deepfusion.artifacts import RunFolder, file_digest, key_of
 from deepfusion.config import RunConfig, tree_of
-from deepfusion.devices import memory, models
+from deepfusion.devices import models
 from deepfusion.federation.ledger import Ledger
-from deepfusion.federation.payload import read_metadata
 from deepfusion.methods.base import Site, methods
-from deepfusion.methods.budget import rows
-from deepfusion.methods.gathering import ASKED
 from deepfusion.methods.rounds import ROUND
 from deepfusion.moe import families
 from deepfusion.record import (
     Baselines,
-    BudgetRecord,
     ClusterRecord,
-    DeviceRecord,
     DomainMetrics,
     Group,
     LedgerTotals,
@@ -35,9 +30,9 @@ from deepfusion.record import (
     Record,
     RoundRecord,
 )  # fmt: skip
-from deepfusion.run import Notes, largest_trainings, private_corpus, shapes_of, text_is_here, trainings, versions
+from deepfusion.run import Notes, versions
+from deepfusion.spending import budget_of, devices_of
 from deepfusion.stages.evaluate import Score, by_domain, expert_load, mutual_information, score_documents, total
-from deepfusion.stages.local import steps_for
 from deepfusion.stages.proxy import load_proxies, load_upload
 from deepfusion.types import Proxy
 
@@ -63,7 +58,7 @@ def measure(
     )
     clusters = read_clusters(site.folder.path)
     merged = site.folder / "merged"
-    devices = _devices(config, site, ledger, clusters)
+    devices = devices_of(config, site, ledger, clusters)
     return Record(
         run_id=f"{config.name}-{key_of(tree_of(config))[:8]}",
         name=config.name,
@@ -75,7 +70,7 @@ def measure(
         baselines=_baselines(config, site, scorer, clusters, reference),
         ledger=LedgerTotals(**ledger.totals()),
         bytes_by_kind=ledger.by_kind(),
-        budget=_budget(config, site, devices),
+        budget=budget_of(config, site, devices),
         devices=devices,
         clusters=clusters,
         seconds=_seconds(site.folder),
@@ -196,27 +191,6 @@ def _baselines(
     )  # fmt: skip
 
 
-def _budget(config: RunConfig, site: Site, devices: Sequence[DeviceRecord]) -> BudgetRecord:
-    fleet, length, found = config.devices, site.sequence_length, trainings(config)
-    read = flops = 0
-    asked = (
-        json.loads(path.read_text()) if (path := site.folder / ASKED).exists() else [device.id for device in devices]
-    )
-    for device in (device for device in devices if device.id in asked):
-        steps = steps_for(device.tokens, length, fleet.training, fleet.epochs, fleet.max_steps)
-        for training in found[device.architecture]:
-            mine = round(steps * training.share * rows(fleet.training) * length)
-            each = 3 * memory.forward_flops_per_token(training.model)
-            read, flops = read + mine, flops + (mine + training.public_rows * length) * each
-    work = config.method.server_work(shapes_of(config))
-    return BudgetRecord(
-        device_tokens=read,
-        server_tokens=sum(training.tokens for training in work),
-        device_flops=flops,
-        server_flops=sum(training.tokens * training.flops_per_token for training in work),
-    )
-
-
 def _rounds(config: RunConfig, site: Site, scorer: _Scorer) -> list[Metrics]:
     folder = site.folder / "rounds"
     if not config.evaluate.rounds or not folder.exists():
@@ -238,39 +212,6 @@ def _round_records(config: RunConfig, folder: Path) -> list[RoundRecord]:
 
 def _group(items: list[ModelMetrics]) -> Group | None:
     return Group(mean=mean_metrics([item.metrics for item in items]), items=items) if items else None
-
-
-def _devices(config: RunConfig, site: Site, ledger: Ledger, clusters: ClusterRecord | None) -> list[DeviceRecord]:
-    largest = largest_trainings(config)
-    sent, telemetry = ledger.by_device("up"), ledger.telemetry()
-    found: list[DeviceRecord] = []
-    for card in site.cards:
-        hosted = largest[card.model.name]
-        seconds, peak = telemetry.get(card.id, (None, None))
-        found.append(DeviceRecord(
-            id=card.id,
-            architecture=card.model.name,
-            parameters=memory.num_parameters(hosted.model) if hosted else 0,
-            estimated_memory_bytes=hosted.memory(config.devices.training, site.sequence_length) if hosted else 0,
-            peak_memory_bytes=peak,
-            upload_bytes=sent.get(card.id, 0),
-            cluster=clusters.labels.get(card.id) if clusters else None,
-            seconds=seconds,
-            **_text_of(config, site, card.id),
-        ))  # fmt: skip
-    return found
-
-
-def _text_of(config: RunConfig, site: Site, device_id: str) -> dict[str, Any]:
-    """Size of a device's text: counted where the text is here, else as the device's upload tells, or unknown (0)."""
-    if text_is_here(config, device_id):
-        corpus = private_corpus(config, site.data, device_id)
-        tokens = np.bincount(corpus.domain_U, weights=corpus.lengths_U, minlength=len(corpus.domains))
-        domains = {name: int(t) for name, t in zip(corpus.domains, tokens, strict=True) if t}
-        return {"documents": len(corpus), "tokens": corpus.num_tokens, "domains": domains}
-    path = site.folder / "uploads" / f"{device_id}.safetensors"
-    told = read_metadata(path) if path.exists() else {}
-    return {"documents": told.get("documents", 0), "tokens": told.get("tokens", 0), "domains": {}}
 
 
 def read_clusters(folder: Path) -> ClusterRecord | None:

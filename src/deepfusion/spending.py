@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the devices of a run are, and what it has spent: for its record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from deepfusion.config import RunConfig
+from deepfusion.devices import memory
+from deepfusion.federation.ledger import Ledger
+from deepfusion.federation.payload import read_metadata
+from deepfusion.methods.base import Site
+from deepfusion.methods.budget import rows
+from deepfusion.methods.gathering import ASKED
+from deepfusion.record import BudgetRecord, ClusterRecord, DeviceRecord
+from deepfusion.run import largest_trainings, private_corpus, shapes_of, text_is_here, trainings
+from deepfusion.stages.local import steps_for
+
+
+def devices_of(config: RunConfig, site: Site, ledger: Ledger, clusters: ClusterRecord | None) -> list[DeviceRecord]:
+    """Each device: its architecture, memory, bytes, time, and the size of its text."""
+    largest = largest_trainings(config)
+    sent, telemetry = ledger.by_device("up"), ledger.telemetry()
+    found: list[DeviceRecord] = []
+    for card in site.cards:
+        hosted = largest[card.model.name]
+        seconds, peak = telemetry.get(card.id, (None, None))
+        found.append(DeviceRecord(
+            id=card.id,
+            architecture=card.model.name,
+            parameters=memory.num_parameters(hosted.model) if hosted else 0,
+            estimated_memory_bytes=hosted.memory(config.devices.training, site.sequence_length) if hosted else 0,
+            peak_memory_bytes=peak,
+            upload_bytes=sent.get(card.id, 0),
+            cluster=clusters.labels.get(card.id) if clusters else None,
+            seconds=seconds,
+            **_text_of(config, site, card.id),
+        ))  # fmt: skip
+    return found
+
+
+def _text_of(config: RunConfig, site: Site, device_id: str) -> dict[str, Any]:
+    """Size of a device's text: counted where the text is here, else as the device's upload tells, or unknown (0)."""
+    if text_is_here(config, device_id):
+        corpus = private_corpus(config, site.data, device_id)
+        tokens = np.bincount(corpus.domain_U, weights=corpus.lengths_U, minlength=len(corpus.domains))
+        domains = {name: int(t) for name, t in zip(corpus.domains, tokens, strict=True) if t}
+        return {"documents": len(corpus), "tokens": corpus.num_tokens, "domains": domains}
+    path = site.folder / "uploads" / f"{device_id}.safetensors"
+    told = read_metadata(path) if path.exists() else {}
+    return {"documents": told.get("documents", 0), "tokens": told.get("tokens", 0), "domains": {}}
+
+
+def budget_of(config: RunConfig, site: Site, devices: Sequence[DeviceRecord]) -> BudgetRecord:
+    """Tokens and FLOPs of devices and server (baselines, section 9); of devices that were not asked for a model, none."""
+    fleet, length, found = config.devices, site.sequence_length, trainings(config)
+    read = flops = 0
+    asked = (
+        json.loads(path.read_text()) if (path := site.folder / ASKED).exists() else [device.id for device in devices]
+    )
+    for device in (device for device in devices if device.id in asked):
+        steps = steps_for(device.tokens, length, fleet.training, fleet.epochs, fleet.max_steps)
+        for training in found[device.architecture]:
+            mine = round(steps * training.share * rows(fleet.training) * length)
+            each = 3 * memory.forward_flops_per_token(training.model)
+            read, flops = read + mine, flops + (mine + training.public_rows * length) * each
+    work = config.method.server_work(shapes_of(config))
+    return BudgetRecord(
+        device_tokens=read,
+        server_tokens=sum(training.tokens for training in work),
+        device_flops=flops,
+        server_flops=sum(training.tokens * training.flops_per_token for training in work),
+    )
