@@ -173,30 +173,50 @@ def collect_uploads(
         key: hash of what the uploads depend on; uploads of another key are thrown away.
         embedding_size: None where the embeddings have been sent before; those of the uploads are empty then.
     """
-    starts = {name: models.load(folder) for name, folder in initials.items()}
-    shapes = {name: {MODEL + key: t.to("meta") for key, t in distinct_state(m).items()} for name, m in starts.items()}
-    start_ids = {name: models.init_id(model) for name, model in starts.items()}
-    weights = {name: distinct_state(model) for name, model in starts.items()} if upload.format == "delta-int8" else {}
-    del starts
-    architectures = {card.id: card.model.name for card in site.cards}
-
-    def opened(device_id: str, payload: Payload) -> Payload:
-        name = architectures[device_id]
-        wire, due = exchange.with_prefix(payload, MODEL), {k.removeprefix(MODEL): t for k, t in shapes[name].items()}
-        state = restore(wire, due, upload.format, weights.get(name, {}), f"device {device_id}")
-        rest = {k: t for k, t in payload.arrays.items() if not k.startswith(MODEL)}
-        return replace(payload, arrays={**rest, **{MODEL + k: t for k, t in state.items()}})
-
-    def check(device_id: str, payload: Payload) -> None:
-        name = architectures[device_id]
-        check_metadata(payload, device_id, name, start_ids[name])
-        check_state({k: t for k, t in payload.arrays.items() if k != exchange.EMBEDDING}, shapes[name], device_id)
-        if embedding_size is not None:
-            check_embedding(payload, embedding_size, device_id)
-
-    files = exchange.spool_answers(site, call, requests, check, key, opened=opened)
+    arrivals = Arrivals({card.id: card.model.name for card in site.cards}, initials, upload.format, embedding_size)
+    files = exchange.spool_answers(site, call, requests, arrivals.check, key, opened=arrivals.opened)
     site.reached("uploads")
     return [read_upload(path) for path in files.values()]
+
+
+class Arrivals:
+    """What is asked of an upload before it counts."""
+
+    def __init__(
+        self, architectures: Mapping[str, str], initials: Mapping[str, Path], form: Format, embedding_size: int | None
+    ) -> None:
+        """Read what uploads are compared with.
+
+        Args:
+            architectures: of each device, by its id.
+            initials: folder of each architecture's first weights.
+            embedding_size: None where an upload must hold no embedding.
+        """
+        self._form: Format = form
+        self._architectures, self._size = architectures, embedding_size
+        starts = {name: models.load(folder) for name, folder in initials.items()}
+        self._init_ids = {name: models.init_id(model) for name, model in starts.items()}
+        self._weights = {name: distinct_state(model) if form == "delta-int8" else {} for name, model in starts.items()}
+        self._shapes = {
+            name: {key: tensor.to("meta") for key, tensor in distinct_state(model).items()}
+            for name, model in starts.items()
+        }
+
+    def opened(self, device_id: str, payload: Payload) -> Payload:
+        """The upload with whole tensors, whatever the format. Raises UploadError where it is in another one."""
+        name, wire = self._architectures[device_id], exchange.with_prefix(payload, MODEL)
+        state = restore(wire, self._shapes[name], self._form, self._weights[name], f"device {device_id}")
+        rest = {key: tensor for key, tensor in payload.arrays.items() if not key.startswith(MODEL)}
+        return replace(payload, arrays={**rest, **{MODEL + key: tensor for key, tensor in state.items()}})
+
+    def check(self, device_id: str, payload: Payload) -> None:
+        """Raise UploadError unless an opened upload is what was asked for, and of the device that it says."""
+        name, arrays = self._architectures[device_id], dict(payload.arrays)
+        check_metadata(payload, device_id, name, self._init_ids[name])
+        if self._size is not None:
+            check_embedding(payload, self._size, device_id)
+            arrays.pop(exchange.EMBEDDING)
+        check_state(arrays, {MODEL + key: tensor for key, tensor in self._shapes[name].items()}, device_id)
 
 
 def read_upload(path: Path) -> Upload:
