@@ -24,15 +24,16 @@ def robust_average(models: Sequence[Reader], names: Sequence[str], how: Robust, 
     """One model out of N, of which a share `bad` may be anything.
 
     "trimmed" leaves out, number by number, the floor(bad N) largest and smallest and averages the rest; "median" takes each
-    number's median; "krum" takes the one model that is nearest to its N - f - 2 nearest others, f = floor(bad N). Whole
-    numbers (buffers) are the first model's. Of one or two models the first two give the mean, the third the first model.
+    number's median; "krum" takes the one model that is nearest to its N - f - 2 nearest others, f = floor(bad N) but at
+    most (N - 3) / 2, above which Krum promises nothing. Whole numbers (buffers) are the first model's. Of one or two
+    models the first two give the mean, the third the first model.
 
     Args:
         models: N readers of models of one architecture.
         names: of the tensors.
     """
     if how == "krum":
-        chosen = models[krum(models, names, int(bad * len(models)))]
+        chosen = models[krum(models, names, max(0, min(int(bad * len(models)), (len(models) - 3) // 2)))]
         return {name: chosen(name) for name in names}
     found: State = {}
     for name in names:

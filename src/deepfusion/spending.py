@@ -56,15 +56,14 @@ def _text_of(config: RunConfig, site: Site, device_id: str) -> dict[str, Any]:
 
 
 def budget_of(config: RunConfig, site: Site, devices: Sequence[DeviceRecord]) -> BudgetRecord:
-    """Tokens and FLOPs of devices and server (baselines, section 9); of devices that were not asked for a model, none."""
+    """Tokens and FLOPs of devices and server (baselines, section 9); who was not asked for its own model has not trained it."""
     fleet, length, found = config.devices, site.sequence_length, trainings(config)
     read = flops = 0
-    asked = (
-        json.loads(path.read_text()) if (path := site.folder / ASKED).exists() else [device.id for device in devices]
-    )
-    for device in (device for device in devices if device.id in asked):
+    asked = json.loads(path.read_text()) if (path := site.folder / ASKED).exists() else None
+    for device in devices:
         steps = steps_for(device.tokens, length, fleet.training, fleet.epochs, fleet.max_steps)
-        for training in found[device.architecture]:
+        own = 0 if asked is None or device.id in asked else 1  # who was not asked for a model has not trained its own
+        for training in found[device.architecture][own:]:
             mine = round(steps * training.share * rows(fleet.training) * length)
             each = 3 * memory.forward_flops_per_token(training.model)
             read, flops = read + mine, flops + (mine + training.public_rows * length) * each

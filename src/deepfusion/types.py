@@ -168,7 +168,7 @@ class Payload:
     """All that ever crosses the wire, in either direction.
 
     Attributes:
-        what: what the ledger books it as, e.g. "init", "model", "logits", "embedding".
+        what: what the ledger books it as, e.g. "init", "model", "moe", "logits", "embedding".
         arrays: tensors by name; safetensors on the wire and on disk, never pickle.
         metadata: a few small values (JSON scalars).
         round: 0 in one-shot methods.

@@ -84,7 +84,7 @@ def test_what_the_main_run_has_made_is_not_made_again(compared: tuple[Path, Comp
         for file in files:
             assert file.samefile(theirs / file.relative_to(ours) if ours.is_dir() else theirs)
     rows = (out / "fedavg" / "seed-0" / "ledger.jsonl").read_text().splitlines()
-    assert {json.loads(row)["what"] for row in rows} == {"model"}, "not the main run's bytes"
+    assert {json.loads(row)["what"] for row in rows} == {"moe"}, "not the main run's bytes"
 
 
 def test_a_second_comparison_reads_what_is_there(config: RunConfig, compared: tuple[Path, Comparison]) -> None:

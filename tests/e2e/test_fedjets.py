@@ -56,7 +56,7 @@ def test_the_ledger_is_the_closed_form(run: tuple[Path, Record]) -> None:
     )
     hosted = numel["S"] + numel["G"] + 2 * numel["X"] // experts
     due = {("down", "gate"): 4 * numel["G"], ("up", "preference"): 4 * experts, ("up", "embedding"): 2 * 64,
-           ("down", "model"): 4 * hosted, ("up", "model"): 4 * hosted}  # fmt: skip
+           ("down", "moe"): 4 * hosted, ("up", "moe"): 4 * hosted}  # fmt: skip
     rows = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
     for row in rows:
         if row["what"] != "init":  # M_0 beside the statistics of the public text

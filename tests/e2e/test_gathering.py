@@ -109,7 +109,7 @@ def test_where_a_medoid_fails_the_next_is_asked_and_a_domain_without_any_is_name
     answer = DeepFusion.client
 
     def client(self: DeepFusion, device: Any, request: Any) -> Any:
-        if device.id in broken and request.metadata.get("wanted") != "embedding":
+        if device.id in broken and request.what != "embedding":
             raise RuntimeError("out of power")
         return answer(self, device, request)
 
@@ -127,6 +127,52 @@ def test_where_a_medoid_fails_the_next_is_asked_and_a_domain_without_any_is_name
     broken.update(large)
     with pytest.raises(FederationError, match=f"no model of domain {members.index(large)} arrived"):
         launch(parse_config(tree), root / "none", until="proxies")
+
+
+def test_where_all_medoids_fail_at_once_the_next_ones_are_asked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer, first = DeepFusion.client, list[str]()
+
+    def client(self: DeepFusion, device: Any, request: Any) -> Any:
+        if request.what != "embedding" and not (set(first) - {device.id}):
+            first.append(device.id)
+            raise RuntimeError("out of power")
+        return answer(self, device, request)
+
+    monkeypatch.setattr(DeepFusion, "client", client)
+    tree = {**tree_of(root, select="medoids", medoids=1), "cluster": {"type": "kmeans", "num_clusters": 1}}
+    tree["devices"]["models"] = tree["devices"]["models"][:1]
+    launch(parse_config(tree), root / "wave", until="proxies")
+    asked = json.loads((root / "wave" / ASKED).read_text())
+    assert len(asked) == 2
+    assert first[0] in asked
+
+
+def test_stages_behind_the_domains_are_made_again_when_the_embeddings_change(root: Path) -> None:
+    tree = tree_of(root, select="medoids", medoids=6)
+    launch(parse_config({**tree, "embed": {"type": "tfidf", "dimension": 64}}), root / "dimension", until="proxies")
+    stage = root / "dimension" / "proxies" / ".stage.json"
+    before = json.loads(stage.read_text())["key"]
+    launch(
+        parse_config({**tree, "embed": {"type": "tfidf", "dimension": 16}}),
+        root / "dimension",
+        until="proxies",
+        resume=True,
+    )
+    assert json.loads(stage.read_text())["key"] != before
+
+
+def test_the_ledger_books_what_is_published_and_what_the_moe_costs_beside_the_models(root: Path) -> None:
+    tree = {**tree_of(root, select="medoids", medoids=1), "warm_start": {"steps": 0}}
+    tree["continue"] = {"type": "hfedmoe", "rounds": 1}
+    record = launch(parse_config(tree), root / "booked")
+    assert record is not None
+    written = [json.loads(line) for line in (root / "booked" / "ledger.jsonl").read_text().splitlines()]
+    assert sum(row["bytes"] for row in written) == record.ledger.total_bytes, "no row takes another one's place"
+    asked = json.loads((root / "booked" / ASKED).read_text())
+    assert record.budget is not None
+    assert 0 < len(asked) < 6
+    own = sum(int(read_metadata(path)["steps"]) for path in (root / "booked" / "uploads").glob("*.safetensors"))
+    assert record.budget.device_tokens > own * 4 * 32, "all have trained the MoE, who was asked also its own model"
 
 
 def test_an_embedding_that_needs_all_models_cannot_choose_whom_to_ask(root: Path) -> None:

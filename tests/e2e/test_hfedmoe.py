@@ -24,7 +24,7 @@ from deepfusion.errors import ConfigError, ModelError, UploadError
 from deepfusion.methods import HFedMoE
 from deepfusion.methods.base import Training
 from deepfusion.methods.holding import TABLES, check_returned
-from deepfusion.methods.learning import ADAPTERS, Adapters, Everything
+from deepfusion.methods.learning import ADAPTERS, Adapters, Everything, check_products
 from deepfusion.methods.rounds import read_round
 from deepfusion.moe.base import ROUTER
 from deepfusion.moe.hosting import apart, expert_of, with_experts
@@ -159,6 +159,14 @@ def test_with_adapters_a_round_s_model_is_the_first_one_and_their_products(adapt
         else:
             assert torch.equal(tensor, first[name]) is not bool(ROUTER.search(name)), name
     assert moved == 2 * 9, "of each layer four of attention, three of the shared expert, the experts' two"
+
+
+def test_adapters_whose_product_is_not_finite_are_refused() -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    fine = {f"lora_A.{name}": torch.full((2, 3), 1e3), f"lora_B.{name}": torch.full((4, 2), 1e3)}
+    check_products(fine, "d")
+    with pytest.raises(UploadError, match=f"device d: the adapter of {name} makes numbers that are not finite"):
+        check_products({key: tensor * 1e22 for key, tensor in fine.items()}, "d")
 
 
 def test_a_round_that_a_crash_has_lost_comes_back_the_same(root: Path) -> None:

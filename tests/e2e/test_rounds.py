@@ -125,10 +125,10 @@ def test_an_answer_of_another_round_or_shape_is_refused(fedavg: tuple[Path, Reco
     def call(requests: Mapping[str, Payload]) -> Iterator[tuple[str, Payload]]:
         (first, request), (second, other), (third, good), *_ = requests.items()
         told = {"device": first, "tokens": 5, "documents": 1, "architecture": "qwen2_moe"}
-        yield first, Payload("model", request.arrays, {**told, "init_id": "of another round"})
+        yield first, Payload("moe", request.arrays, {**told, "init_id": "of another round"})
         short = {name: tensor[:1] for name, tensor in other.arrays.items()}
-        yield second, Payload("model", short, {**told, "device": second, "init_id": other.metadata["init_id"]})
-        yield third, Payload("model", good.arrays, {**told, "device": third, "init_id": good.metadata["init_id"]})
+        yield second, Payload("moe", short, {**told, "device": second, "init_id": other.metadata["init_id"]})
+        yield third, Payload("moe", good.arrays, {**told, "device": third, "init_id": good.metadata["init_id"]})
 
     start = fedavg[0] / "start" / "merged"
     method = FedAvg()

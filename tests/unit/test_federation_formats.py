@@ -106,12 +106,13 @@ def hostile(form: Format) -> list[tuple[State, str]]:
         ({CODES + name: codes[None], SCALES + name: scales}, "not a row of bytes"),
         ({CODES + name: codes, SCALES + name: scales[:-1]}, "not a row of bytes"),
         ({CODES + name: codes, SCALES + name: scales.float()}, "not a row of bytes"),
+        (state_of(0, (4, 64)), "is sent whole"),
         ({CODES + name: codes, SCALES + name: torch.full_like(scales, float("inf"))}, "not finite"),
     ]
 
 
 @pytest.mark.parametrize("form", ["int8", "nf4", "delta-int8"])
-@pytest.mark.parametrize("case", range(9))
+@pytest.mark.parametrize("case", range(10))
 def test_codes_that_cannot_be_those_of_the_tensor_are_refused(form: Format, case: int) -> None:
     wire, said = hostile(form)[case]
     with pytest.raises(UploadError, match=f"device d.*{said}"):

@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cryptography import x509
 from flwr.app import Message
+from google.protobuf.message import DecodeError
+from rich.console import Console
 
 from deepfusion.config import parse_config
 from deepfusion.errors import ConfigError, FederationError, ResumeError
@@ -22,7 +26,7 @@ from deepfusion.fleet.credentials import write_certificates
 from deepfusion.fleet.device_file import load_device
 from deepfusion.fleet.layout import init_fleet
 from deepfusion.fleet.server_file import open_server
-from deepfusion.fleet.status import fleet_status
+from deepfusion.fleet.status import DeviceStatus, FleetStatus, fleet_status, status_table
 from deepfusion.fleet.trial import trial_config
 from deepfusion.run import check_text
 from fleet_world import make_fleet
@@ -124,6 +128,10 @@ def test_the_certificate_is_made_out_to_the_server_and_to_loopback(tmp_path: Pat
     server.verify_directly_issued_by(ca)
 
 
+def reply_to(message_id: str) -> SimpleNamespace:
+    return SimpleNamespace(metadata=SimpleNamespace(reply_to_message_id=message_id))
+
+
 def test_a_reply_that_is_stuck_keeps_no_other_waiting() -> None:
     stuck = threading.Event()
 
@@ -138,7 +146,7 @@ def test_a_reply_that_is_stuck_keeps_no_other_waiting() -> None:
             (message_id,) = message_ids
             if message_id == "half":
                 stuck.wait(60)
-            return [f"reply to {message_id}"]
+            return [reply_to(message_id)]
 
     grid = PulledApart(Grid(), threads=2)  # type: ignore[arg-type]
     found: list[object] = []
@@ -146,13 +154,53 @@ def test_a_reply_that_is_stuck_keeps_no_other_waiting() -> None:
     for _ in range(600):
         arrived = list(grid.pull_messages(waiting))
         found += arrived
-        waiting = [name for name in waiting if f"reply to {name}" not in arrived]
+        waiting = [name for name in waiting if reply_to(name) not in arrived]
         if waiting == ["half"]:
             break
         time.sleep(0.05)
-    assert found == ["reply to a", "reply to b", "reply to c"]
+    assert found == [reply_to("a"), reply_to("b"), reply_to("c")]
     stuck.set()
     grid.close()
+
+
+class Honest:
+    """A grid of devices of which some never answer, one lies about what it answers, one sends what cannot be read."""
+
+    def get_node_ids(self) -> Iterable[int]:
+        return [1]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return ["m"]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[SimpleNamespace]:
+        (message_id,) = message_ids
+        if message_id == "garbage":
+            raise DecodeError("no message")
+        if message_id == "liar":
+            return [reply_to("good")]
+        return [] if message_id.startswith("silent") else [reply_to(message_id)]
+
+
+def test_silent_lying_and_unreadable_devices_keep_nobody_waiting_and_stop_nothing() -> None:
+    grid = PulledApart(Honest(), threads=2)  # type: ignore[arg-type]
+    wanted = [*(f"silent-{number}" for number in range(8)), "garbage", "liar", "good"]
+    found: list[object] = []
+    for _ in range(400):
+        found += grid.pull_messages(wanted)
+        if found:
+            break
+        time.sleep(0.02)
+    assert found == [reply_to("good")]
+    grid.close()
+
+
+def test_what_a_device_says_of_its_failure_steers_no_terminal() -> None:
+    status = FleetStatus(True, [DeviceStatus("a", "failed", True, 0.0, "\\[/x] \x1b[2J [red]gone", 0, 0)])
+    console = Console(file=io.StringIO(), width=200)
+    console.print(status_table(status))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "\\[/x]  [2J [red]gone" in shown
+    assert "\x1b[2J" not in shown
 
 
 def test_the_status_is_what_the_server_last_saw(tmp_path: Path) -> None:

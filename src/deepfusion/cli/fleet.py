@@ -66,7 +66,8 @@ def up(
     from deepfusion.fleet.layout import Layout
     from deepfusion.fleet.supervise import fleet_on_this_machine, run_here
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended then, too
+    for ended in (signal.SIGTERM, signal.SIGHUP):  # what was started is ended then, too
+        signal.signal(ended, lambda number, _: sys.exit(128 + number))
     with fleet_on_this_machine(Layout(folder.absolute())) as started:
         run = started.server.path(started.server.file.run)
         with _watch(run, as_json) as tick:

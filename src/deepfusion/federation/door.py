@@ -31,6 +31,8 @@ TRANSPORT_ERRORS = {
 """What another attempt may mend. An exception in the client's code would only be raised again."""
 
 _POLL = 0.2
+_LONGEST = 2000
+"""Characters of what a device says of its failure that are kept."""
 
 
 Tell = Callable[[str, str, str], None]
@@ -211,8 +213,11 @@ class Door:
         if not replies:  # a grid that has itself waited for a reply is not made to wait again
             time.sleep(max(0.0, _POLL - (time.monotonic() - began)))
         while replies:
-            device_id = sent.pop(replies[0].metadata.reply_to_message_id).device_id
-            yield device_id, self._open_reply(device_id, replies.popleft())
+            message = sent.pop(replies[0].metadata.reply_to_message_id, None)
+            if message is None:  # answered already, or nobody asked
+                replies.popleft()
+                continue
+            yield message.device_id, self._open_reply(message.device_id, replies.popleft())
         for message_id, message in list(sent.items()):
             if time.monotonic() > message.expires:
                 del sent[message_id]
@@ -221,7 +226,7 @@ class Door:
     def _open_reply(self, device_id: str, reply: Message) -> Payload | _Failure:
         """Book the bytes of a reply, and check and decode it."""
         if reply.has_error():
-            return _Failure(reply.error.reason or "it failed without a word", reply.error.code)
+            return _Failure((reply.error.reason or "it failed without a word")[:_LONGEST], reply.error.code)
         source = f"device {device_id}"
         try:
             blob = unpack(reply, source)

@@ -87,6 +87,8 @@ def restore(
                 if found.dtype != torch.bfloat16:
                     refuse(source, f"tensor {name} has dtype {found.dtype}, not bf16", _CURE)
                 state[name] = found.to(like.dtype)
+        elif name in left:
+            refuse(source, f"tensor {name} is sent whole", _CURE)
         elif CODES + name in left and SCALES + name in left:
             read = _read(
                 left.pop(CODES + name), left.pop(SCALES + name), like.shape, _CODES[form], f"{source}: tensor {name}"

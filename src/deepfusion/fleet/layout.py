@@ -79,10 +79,12 @@ def init_fleet(
     for number, card in enumerate(fleet):
         own = layout.device(card.id)
         write_node_key(own / "key", server.path(file.keys) / f"{card.id}.pub")
+        own.chmod(0o700)  # keys and text are its owner's alone
         (own / "ca.crt").write_bytes(server.path(file.ca).read_bytes())
         _write_options(own / "device.toml", _device_file(config, card, server.address, port + 1 + number))
         if card.id in texts:
             write_atomic(own / TEXT, "".join(json.dumps(row) + "\n" for row in map(_row, texts[card.id])))
+    layout.server.chmod(0o700)
     _write_options(layout.server / FILE, file)
     write_atomic(server.path(file.config), tomli_w.dumps(_server_tree(config, fleet)))
     write_atomic(server.app / "pyproject.toml", units.APP)

@@ -50,7 +50,10 @@ PrivateTmp=yes
 ProtectHome=read-only
 ProtectSystem=strict
 ReadWritePaths={{ writes }}
+UMask=0077
 Environment=OMP_NUM_THREADS=1
+Environment=HOME={{ writes }}
+Environment=DEEPFUSION_CACHE={{ writes }}/cache
 
 [Install]
 WantedBy=multi-user.target
@@ -86,6 +89,7 @@ On each device:
 `units/` has a unit for each of these, with `Restart=always`; mend the paths, then
 
     sudo useradd --system deepfusion
+    sudo chown -R deepfusion: server          # on the server; devices/<id> on a device: who starts them must be able to read them
     sudo cp units/deepfusion-superlink.service units/deepfusion-run.service /etc/systemd/system/    # on the server
     sudo cp units/deepfusion-node-<id>.service /etc/systemd/system/                                 # on a device
     sudo systemctl daemon-reload

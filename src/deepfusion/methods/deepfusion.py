@@ -83,7 +83,7 @@ class DeepFusion:
 
     def client(self, device: Device, request: Payload) -> Payload:
         """Train the device's own model, describe its text by an embedding, and answer with both; later, train the MoE."""
-        if self.continued and request.what == "model":
+        if self.continued and request.what == rounds.MOE:
             return self.continued.client(device, request)
         return answer_with_model(device, request, self.embed, self.upload)
 
@@ -147,7 +147,8 @@ class DeepFusion:
         digests = {upload.device_id: file_digest(upload.path) for upload in uploads}
         options = self.distillation
         read = (options.text, options.text_temperature, site.data_key) if self.proxy.judges else ()
-        folder = site.keep("proxies", make, self.proxy, digests, clusters.label_N.tolist(), *read)
+        domains = (clusters.label_N.tolist(), clusters.centroid_KD.tolist())  # all that follows knows them by this key
+        folder = site.keep("proxies", make, self.proxy, digests, *domains, *read)
         for reason in json.loads((folder / proxy.SCREENED).read_text()).values():
             site.note(f"left out by [proxy] screen: {reason}")
         proxies = proxy.load_proxies(folder)
@@ -265,7 +266,7 @@ class DeepFusion:
         return Budget(self.embed, self.warm_start, training, self.tune)
 
     def traffic(self, own: PreTrainedConfig, shapes: Shapes) -> Traffic:
-        """The model up once with its embedding, after a warm start also down; with `[continue]` the rounds' MoE besides."""
+        """At most: the model up with its embedding, after a warm start also down; with `[continue]` the rounds' MoE besides."""
         parameters = num_parameters(own)
         down = message(parameters if self.warm_start.steps else 0, exchange.published_bytes(self.embed))
         up = message(0, wire_bytes(skeleton_state(own), self.upload.format) + 2 * self.embed.dimension)

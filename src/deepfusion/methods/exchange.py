@@ -10,16 +10,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from deepfusion.artifacts import key_of, write_atomic
 from deepfusion.data.packing import PackedText
 from deepfusion.devices import models
 from deepfusion.devices.device import Device
-from deepfusion.devices.memory import gib, num_parameters, training_memory
+from deepfusion.devices.memory import gib, num_parameters
 from deepfusion.errors import MemoryLimitError
 from deepfusion.federation.spool import Check, Open, Spool, as_it_came, collect
-from deepfusion.methods.base import Site
+from deepfusion.methods.base import Site, Training
 from deepfusion.stages.embed import Embedding, HashedTfidf
 from deepfusion.stages.local import Penalty, steps_for, train_causal_lm
 from deepfusion.stages.proxy import MODEL
@@ -119,7 +119,7 @@ def ask_everyone(
 def first_model(device: Device, request: Payload) -> PreTrainedModel:
     """On the device: its own model before any training, with the weights of the request or else from the request's seed."""
     vocabulary, length = int(request.metadata["vocab_size"]), device.sequence_length
-    check_fits(device, models.config_of(device.model, vocab_size=vocabulary, positions=length))
+    check_fits(device, Training(models.config_of(device.model, vocab_size=vocabulary, positions=length)))
     model = models.build(
         device.model,
         vocab_size=int(request.metadata["vocab_size"]),
@@ -133,7 +133,7 @@ def first_model(device: Device, request: Payload) -> PreTrainedModel:
     return model
 
 
-def check_fits(device: Device, config: PreTrainedConfig) -> None:
+def check_fits(device: Device, training: Training) -> None:
     """On the device: refuse, before a model is built, to train what needs more memory than the device gives.
 
     Raises:
@@ -141,10 +141,10 @@ def check_fits(device: Device, config: PreTrainedConfig) -> None:
     """
     if device.memory_limit_bytes is None:
         return
-    need = training_memory(config, device.training, device.sequence_length).total
+    need, kind = training.memory(device.training, device.sequence_length), training.model.model_type
     if need > device.memory_limit_bytes:
         raise MemoryLimitError(
-            f"{device.id} gives {gib(device.memory_limit_bytes)}, the training of a {config.model_type} needs {gib(need)}; "
+            f"{device.id} gives {gib(device.memory_limit_bytes)}, the training of a {kind} needs {gib(need)}; "
             "raise its memory_gib, or ask for smaller batches or a smaller model"
         )
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from deepfusion.artifacts import file_digest, write_atomic
 from deepfusion.devices import models
 from deepfusion.devices.device import Device
-from deepfusion.errors import FederationError
+from deepfusion.errors import FederationError, UploadError
 from deepfusion.federation.formats import Format, restore, shrink
 from deepfusion.federation.payload import check_embedding, check_metadata, check_state, read_metadata
 from deepfusion.methods import exchange
@@ -98,6 +98,7 @@ class Gathering:
 
     def _all(self, document_UD: np.ndarray, group: Group) -> tuple[list[Upload], Clusters]:
         """Every device's model and embedding, which come together, and the domains."""
+        (self.site.folder / ASKED).unlink(missing_ok=True)  # of a run that asked for medoids
         requests = exchange.ask_everyone(self.site, self.initials, self.published, send_weights=self.send_weights)
         uploads = self._collect(requests, self.embed.dimension)
         if isinstance(self.embed, ServerProbe):
@@ -122,8 +123,12 @@ class Gathering:
         good: dict[str, Upload] = {}
         while more := {device for queue in queues for device in self._next(queue, asked, good)}:
             asked |= more
-            found = self._collect({id: request for id, request in requests.items() if id in asked}, None)
-            good = {upload.device_id: replace(upload, embedding_D=embeddings[upload.device_id]) for upload in found}
+            try:
+                found = self._collect({id: request for id, request in requests.items() if id in more}, None)
+            except FederationError as error:  # all of this wave failed: the next ones may not
+                self.site.note(f"medoids {', '.join(sorted(more))}: {error}")
+                continue
+            good |= {upload.device_id: replace(upload, embedding_D=embeddings[upload.device_id]) for upload in found}
         write_atomic(self.site.folder / ASKED, json.dumps(sorted(asked)))
         self.site.note(
             f"{len(asked)} of {len(requests)} devices were asked for their models: the medoids of their groups"
@@ -146,10 +151,12 @@ class Gathering:
 
     def _describe(self) -> Described:
         arrays = {exchange.PUBLISHED + name: tensor for name, tensor in self.published.items()}
-        sent = Payload("statistics", arrays, {"run_seed": self.site.seed, "wanted": exchange.EMBEDDING})
+        sent = Payload(exchange.EMBEDDING, arrays, {"run_seed": self.site.seed})
 
         def check(device_id: str, payload: Payload) -> None:
             check_embedding(payload, self.embed.dimension, device_id)
+            if set(payload.arrays) != {exchange.EMBEDDING} or payload.metadata.get("device") != device_id:
+                raise UploadError(f"device {device_id}: its answer is not its embedding and its id; send these alone")
 
         requests = {card.id: sent for card in self.site.cards}
         files = exchange.spool_answers(self.site, self.call, requests, check, self.key, "embeddings")
@@ -271,7 +278,7 @@ def answer_with_model(device: Device, request: Payload, embed: Embedding, upload
 
     A server that asks for medoids wants the embedding first, and the model later from some.
     """
-    if request.metadata.get("wanted") == exchange.EMBEDDING:
+    if request.what == exchange.EMBEDDING:
         return Payload(
             exchange.EMBEDDING,
             {exchange.EMBEDDING: exchange.describe_text(device, request, embed)},

@@ -9,13 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from deepfusion.devices import models
 from deepfusion.devices.memory import num_parameters, skeleton_state
+from deepfusion.errors import UploadError
 from deepfusion.moe.base import EXPERT, ROUTER
 from deepfusion.stages.selective import (
+    DOWN,
+    UP,
     Pieces,
     adapted_matrices,
     fresh_adapters,
@@ -117,6 +121,16 @@ class Adapters(Learning):
     def num_remade(self, config: PreTrainedConfig) -> int:
         """Of all that has an adapter."""
         return sum(t.numel() for name, t in skeleton_state(config).items() if is_adapted(name, t.ndim))
+
+
+def check_products(pieces: State, device_id: str) -> None:
+    """Raise UploadError where the product of an adapter's matrices, each of finite numbers, is not finite."""
+    for name, down in pieces.items():
+        if name.startswith(DOWN) and not bool(torch.isfinite(pieces[UP + name.removeprefix(DOWN)] @ down).all()):
+            raise UploadError(
+                f"device {device_id}: the adapter of {name.removeprefix(DOWN)} makes numbers that are not finite; "
+                "lower its learning rate and send again"
+            )
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from deepfusion.devices.fleet import DeviceCard, FleetOptions
 from deepfusion.devices.memory import forward_flops_per_token
 from deepfusion.federation.payload import check_metadata, check_state, read_file
 from deepfusion.methods import assembly, exchange
-from deepfusion.methods.base import Site, TargetOptions, family_faults, precision_faults
+from deepfusion.methods.base import Site, TargetOptions, Training, family_faults, precision_faults
 from deepfusion.methods.budget import Budget, Shapes, Work, rows
 from deepfusion.moe.routing import Penalty
 from deepfusion.stages.proxy import MODEL
@@ -45,6 +45,8 @@ What the next round reads besides may be written to `folder`, the model's own; w
 Admit = Callable[[str, Payload, Payload], None]
 """`admit(device, answer, request)` raises UploadError where an answer is not what was asked for."""
 ROUND = "round.json"
+MOE = "moe"
+"""What rounds' messages are booked as; a device's own model is another thing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,17 +183,22 @@ def read_round(folder: Path) -> dict[str, Any]:
 def request(state: State, config: PreTrainedConfig, parts: int) -> Payload:
     """What asks a device to train a model: its tensors, its configuration, and in how many parts devices read their text."""
     arrays = {MODEL + name: tensor for name, tensor in state.items()}
-    return Payload("model", arrays, {"config": config.to_json_string(use_diff=False), "parts": parts})
+    return Payload(MOE, arrays, {"config": config.to_json_string(use_diff=False), "parts": parts})
 
 
-def received_model(device: Device, request: Payload) -> PreTrainedModel:
+def received_model(
+    device: Device, request: Payload, training: Callable[[PreTrainedConfig], Training] = Training
+) -> PreTrainedModel:
     """On the device: a model of the request's configuration; its weights are yet to be put in.
+
+    Args:
+        training: how a model of this configuration is trained, for the memory.
 
     Raises:
         MemoryLimitError: the device does not give the memory that its training needs.
     """
     config = models.config_from_json(str(request.metadata["config"]))
-    exchange.check_fits(device, config)
+    exchange.check_fits(device, training(config))
     return models.from_config(config, seed=0)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +26,7 @@ from deepfusion.methods import assembly, exchange, rounds
 from deepfusion.methods.base import Site, TargetOptions, Training
 from deepfusion.methods.budget import Traffic, message
 from deepfusion.methods.holding import TABLES, Means, check_returned, choose_hosted, fitting, held_of, with_kept
-from deepfusion.methods.learning import FROZEN, Adapters, Everything, Learning, learning_on
+from deepfusion.methods.learning import FROZEN, Adapters, Everything, Learning, check_products, learning_on
 from deepfusion.moe import families
 from deepfusion.moe.base import ROUTER
 from deepfusion.moe.hosting import apart, expert_of, gate_rows, put_back, sent_back, together, with_experts
@@ -103,9 +102,12 @@ class SelectiveRounds(rounds.RoundOptions):
         experts, top = families[str(target.model_type)].num_experts(target), int(target.num_experts_per_tok)
         if self.host == "subset":
             target = with_experts(target, top if self.budget == "memory" else held_of(max(self.shares), experts, top))
+        return self._training(target)
+
+    def _training(self, held: PreTrainedConfig) -> Training:
         learning = self._learning(0)
-        learns = None if self.adapter_rank is None else learning.num_parameters(target)
-        return Training(target, self.participation, learns=learns, remade=learning.num_remade(target))
+        learns = None if self.adapter_rank is None else learning.num_parameters(held)
+        return Training(held, self.participation, learns=learns, remade=learning.num_remade(held))
 
     # ------------------------------------------------------------------------------------------ on the server
 
@@ -139,7 +141,11 @@ class SelectiveRounds(rounds.RoundOptions):
             return told
 
         threshold = self._threshold(assembly.num_experts(site)) if self.average == "selective" else None
-        admit = partial(check_returned, shapes, threshold)
+
+        def admit(device_id: str, payload: Payload, request: Payload) -> None:
+            check_returned(shapes, threshold, device_id, payload, request)
+            check_products(exchange.with_prefix(payload, MODEL), device_id)
+
         return rounds.run_round(site, call, number, sent[-1], ask, fold, *self._key(), admit=admit)
 
     def _key(self) -> tuple[object, ...]:
@@ -248,7 +254,7 @@ class SelectiveRounds(rounds.RoundOptions):
             sent = with_kept(device, sent, request.round, int(request.metadata["since"]))
         frozen = {name.removeprefix(FROZEN): tensor for name, tensor in sent.items() if name.startswith(FROZEN)}
         pieces = {name: tensor for name, tensor in sent.items() if not name.startswith(FROZEN)}
-        model = rounds.received_model(device, request)
+        model = rounds.received_model(device, request, self._training)
         layers = families[model.config.model_type].moe_layers(model.config)
         state = together(pieces, hosted, layers)
         balance = balance_penalty(model, self.balance) if self.balance else None

@@ -103,6 +103,7 @@ def make_proxies(
             group = [upload for upload in members if upload.architecture == architecture]
             _same_start(group)
             model = load(initials[architecture])
+            done += len(group)
             group, alone = _screened(group, options, model, partial(judge, cluster), screened)
             if not group:
                 continue
@@ -118,7 +119,6 @@ def make_proxies(
                     "members": [upload.device_id for upload in soup],
                     "num_tokens": sum(upload.num_tokens for upload in soup),
                 })  # fmt: skip
-            done += len(group)
             progress("average proxies", done, len(uploads), f"cluster-{cluster}-{architecture}")
         if not made:
             worst = "; ".join(screened[upload.device_id] for upload in members[:3])

@@ -4,6 +4,8 @@
 from deepfusion.stages.selective.aggregation import GateShares, gate_shares
 from deepfusion.stages.selective.importance import SelectOptions, choose, divergence, importance
 from deepfusion.stages.selective.pieces import (
+    DOWN,
+    UP,
     Pieces,
     adapted_matrices,
     fresh_adapters,
@@ -14,6 +16,8 @@ from deepfusion.stages.selective.pieces import (
 from deepfusion.stages.selective.training import ExpertSelection
 
 __all__ = [
+    "DOWN",
+    "UP",
     "ExpertSelection",
     "GateShares",
     "Pieces",
