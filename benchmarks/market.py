@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the market promises, counted: lies that pay, envy, violated limits, revenue bounds, revenue against rivals, time.
 
-python benchmarks/market.py [--part truth|bounds|revenue|time] [--deviations 1000000] [--slots 240] [--seed 0]
+python benchmarks/market.py [--part truth|bounds|revenue|grids|time] [--deviations 1000000] [--slots 240] [--seed 0]
 
 Times stand beside a plain sort of an array of the same length in the same run.
 """
@@ -15,6 +15,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from typing import get_args
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from deepfusion.market import consensus
 from deepfusion.market.architectures import shipped_profiles
 from deepfusion.market.auction import Market, Outcome, best_price, candidates, envy_count, make_market
 from deepfusion.market.bids import Provider
-from deepfusion.market.coco import Coco
+from deepfusion.market.coco import Agreement, Base, Coco
 from deepfusion.market.consensus import TOLERANCE, Grid
 from deepfusion.market.mechanisms import Draw, Past, draw, mechanisms, remember
 from deepfusion.market.population import Population, PopulationOptions
@@ -237,6 +238,23 @@ def revenue(options: argparse.Namespace) -> Iterator[str]:
         yield f"| {kind} | " + " | ".join(f"{over[name]:.3f}" for name in names) + f" | {means} | {gain:+.1%} |"
 
 
+def grids(options: argparse.Namespace) -> Iterator[str]:
+    """Mean revenue over the omniscient price's by the grid's base: the default out of the slot's demands, and fixed ones."""
+    bases: tuple[Base, ...] = ("demands", 1.03, 1.06, 1.1, 1.2, 1.3, 1.45)
+    yield "| slots of 39 to 112 bids | mode | " + " | ".join(f"y = {y}" for y in bases) + " |"
+    yield "|---" * (len(bases) + 2) + "|"
+    for kind, make in streams(options):
+        players = {(mode, y): Coco(agreement=mode, y=y) for mode in get_args(Agreement) for y in bases}
+        ratios: dict[tuple[Agreement, Base], list[float]] = {key: [] for key in players}
+        for slot in range(options.slots):
+            market = make(slot)
+            best, luck = remember(market).best.revenue, draw(slot, len(market))
+            for key, coco in players.items():
+                ratios[key].append(coco.clear(market, luck).revenue / best)
+        for mode in get_args(Agreement):
+            yield f"| {kind} | {mode} | " + " | ".join(f"{statistics.mean(ratios[mode, y]):.3f}" for y in bases) + " |"
+
+
 def clearing(options: argparse.Namespace) -> Iterator[str]:
     """Milliseconds to clear a slot from unsorted arrays, and to sort one array of as many numbers."""
     generator = np.random.default_rng(options.seed)
@@ -263,7 +281,8 @@ def clearing(options: argparse.Namespace) -> Iterator[str]:
 
 PARTS = {
     "truth": ("Truthfulness, envy, limits", truth), "bounds": ("Revenue bounds", bounds),
-    "revenue": ("Revenue over the omniscient price's", revenue), "time": ("Time to clear", clearing),
+    "revenue": ("Revenue over the omniscient price's", revenue), "grids": ("Revenue by the grid's base", grids),
+    "time": ("Time to clear", clearing),
 }  # fmt: skip
 
 

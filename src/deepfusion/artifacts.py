@@ -7,17 +7,27 @@ function of those, equal keys mean equal bytes, and a stage whose key has not ch
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from deepfusion.errors import BusyError, DeepFusionError, DiskError
+
 MANIFEST = ".stage.json"
+LOCK = ".lock"
+"""In a run folder: the file that the process at work on it has locked, with its number in it."""
+_TRIES, _PAUSE = 10, 0.1
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def _plain(value: Any) -> Any:
@@ -39,15 +49,119 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
+@contextmanager
+def writing(path: Path, what: str = "it") -> Generator[None]:
+    """Say in our own words that a file cannot be written, whatever it was that tried.
+
+    Args:
+        what: what was to be written.
+
+    Raises:
+        DiskError: names the file, what the system said, and the cure.
+    """
+    try:
+        yield
+    except DeepFusionError:
+        raise
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in _FULL
+        said = str(error.strerror if isinstance(error, OSError) else error)
+        if full or any(f"(os error {number})" in said for number in _FULL):  # as the safetensors library tells it
+            raise DiskError(
+                f"{path}: {what} cannot be written ({said}); make room there and go on with --resume"
+            ) from error
+        raise
+
+
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Replace `path` by `data` so that a crash leaves either the old content or the new, and the new is on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Replace `path` by `data` so that a crash leaves either the old content or the new, and the new is on the disk.
+
+    Raises:
+        DiskError: the disk is full; the old content is there.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with open(partial, "wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial, "wb") as file:
+                file.write(data.encode() if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def hold(folder: Path, **note: str) -> Generator[None]:
+    """Be the one process at work on a run folder; ends with the context, and with the process in whatever way that ends.
+
+    Args:
+        note: what `holder` tells others besides the process.
+
+    Raises:
+        BusyError: another one is at work on it; names it.
+        DiskError: the disk is full.
+    """
+    with writing(folder / LOCK):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        for _ in range(_TRIES):  # the one before may be about to end, and a look of `holder` takes a moment
+            if _lock(descriptor, fcntl.LOCK_EX):
+                break
+            time.sleep(_PAUSE)
+        else:
+            raise BusyError(busy(folder, _read_note(descriptor)))
+        with writing(folder / LOCK):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": platform.node(), **note}).encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def holder(folder: Path) -> dict[str, Any] | None:
+    """What the process at work on a run folder has noted: `pid`, `host` and more; None where nobody is at work."""
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        for _ in range(_TRIES):
+            if _lock(descriptor, fcntl.LOCK_SH):
+                return None
+            if note := _read_note(descriptor):
+                return note
+            time.sleep(_PAUSE)  # it is about to write it
+        return {}
+    finally:
+        os.close(descriptor)
+
+
+def busy(folder: Path, note: dict[str, Any]) -> str:
+    """What to tell who wants to work on a run folder that is held, and the cure."""
+    pid, host = note.get("pid", "of unknown number"), note.get("host", "an unknown host")
+    return (
+        f"{folder}: process {pid} on {host} is at work on this run; wait until it has ended, or end it there "
+        f"(kill {pid}) and go on with --resume"
+    )
+
+
+def _lock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _read_note(descriptor: int) -> dict[str, Any]:
+    try:
+        return json.loads(os.pread(descriptor, 4096, 0))
+    except ValueError:  # it has the lock and is about to write
+        return {}
 
 
 class RunFolder:
@@ -96,10 +210,11 @@ class RunFolder:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         began = time.monotonic()
-        make(partial)
-        manifest = {"stage": name, "key": key, "seconds": round(time.monotonic() - began, 3)}
-        (partial / MANIFEST).write_text(json.dumps(manifest))
-        _sync_tree(partial)
+        with writing(final, "this stage"):
+            make(partial)
+            manifest = {"stage": name, "key": key, "seconds": round(time.monotonic() - began, 3)}
+            (partial / MANIFEST).write_text(json.dumps(manifest))
+            _sync_tree(partial)
         if final.exists():
             shutil.rmtree(final)
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +236,7 @@ def start_from(source: Path, folder: Path, only: Sequence[str] = ()) -> None:
         return
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    results = shutil.ignore_patterns("record.json", "report.html", "events", ".partial")
+    results = shutil.ignore_patterns("record.json", "report.html", "events", ".partial", LOCK)
     for origin, target in [(source / name, partial / name) for name in only] or [(source, partial)]:
         if origin.exists():
             shutil.copytree(origin, target, copy_function=_link, ignore=results)

@@ -48,9 +48,17 @@ class DiskError(DeepFusionError):
     """What has arrived, or was trained, cannot be written. Not a device's fault: the run stops, and goes on from there."""
 
 
+class BusyError(DeepFusionError):
+    """Another process is at work on a run folder. Names the process."""
+
+
 class ResumeError(DeepFusionError):
     """A run folder does not match the configuration that wants to continue it."""
 
 
 class MarketError(DeepFusionError):
     """A market, a table of exits, a file of bids or a ledger that cannot be used."""
+
+
+class PrivacyError(DeepFusionError):
+    """A device was asked for more of its text than its owner gives away."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,7 @@ def test_help_explains_arguments_and_gives_examples(
 def test_mistakes_end_in_a_sentence_and_not_in_a_trace(
     arguments: tuple[str, ...], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call(monkeypatch, *arguments) == 2
+    assert call(monkeypatch, *arguments) == (os.EX_CONFIG if "nowhere.toml" in arguments else 2)
     told = capsys.readouterr().err
     assert says in told
     assert "Traceback" not in told
@@ -176,9 +177,8 @@ def test_all_faults_of_a_configuration_are_told_at_once(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
-    assert (
-        call(monkeypatch, "run", config, "-s", "tune.steps=-1", "-s", "devices.cuont=3", "-s", "router.start=best") == 2
-    )
+    changes = ("-s", "tune.steps=-1", "-s", "devices.cuont=3", "-s", "router.start=best")
+    assert call(monkeypatch, "run", config, *changes) == os.EX_CONFIG
     told = capsys.readouterr().err
     for words in ("steps = -1", 'did you mean "count"', 'start = "best"'):
         assert words in told

@@ -15,12 +15,12 @@ FILES = sorted(SOURCE.rglob("*.py"))
 FLOORS = [
     set(rooms.split())
     for rooms in (
-        "errors registry schema types state_dicts robust training fused losses progress statistics",
+        "errors registry schema types state_dicts robust training fused losses progress statistics membership sharding spread",
         "artifacts data devices moe federation",
         "stages",
         "methods",
         "config",
-        "run record measure spending plan inference distilling merging catalogue report fleet market",
+        "run record measure spending plan inference distilling merging catalogue report fleet market audit",
         "app comparing",
         "api cli __main__",
     )

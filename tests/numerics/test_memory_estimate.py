@@ -18,13 +18,17 @@ TRAIN = """
 import json, sys
 import torch
 from contextlib import nullcontext
+import numpy as np
 from deepfusion.devices.models import config_of, from_config
+from deepfusion.devices.noise import Noise as Secret
+from deepfusion.devices.releases import Draws
 from deepfusion.methods.base import Training
 from deepfusion.methods.learning import Adapters, Everything, learning_on
 from deepfusion.stages.local import train_causal_lm
+from deepfusion.devices.documents import PrivateDocuments
 from deepfusion.state_dicts import distinct_state
 from deepfusion.training import Optimisation
-from deepfusion.types import Batch, ModelSpec
+from deepfusion.types import Batch, Corpus, ModelSpec
 
 torch.set_num_threads(1)
 
@@ -37,11 +41,17 @@ class Noise:
         all_BT = torch.ones_like(ids_BT, dtype=torch.bool)
         return Batch(ids_BT, all_BT, all_BT)
 
+def documents(vocab_size, tokens):
+    ids, starts = np.random.default_rng(0).integers(0, vocab_size, 8 * tokens), np.arange(9) * tokens
+    counted, none = np.ones(len(ids), bool), np.zeros(9, int)
+    corpus = Corpus(ids, counted, starts, np.zeros(0, np.uint8), none, none, ("own",), np.arange(8))
+    return PrivateDocuments(corpus, tokens, Draws(1.0, 1.0, 3), 1.0, Secret(bytes(32)))
+
 def memory(key):
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
-def train(preset, vocab_size, tokens, learns=None, **options):
+def train(preset, vocab_size, tokens, learns=None, private=False, **options):
     config = config_of(ModelSpec(name="m", preset=preset), vocab_size=vocab_size, positions=tokens, eos_id=0)
     optimisation = Optimisation(**options)
     noise = Noise(vocab_size, tokens)
@@ -55,8 +65,9 @@ def train(preset, vocab_size, tokens, learns=None, **options):
             config, learns=learning.num_parameters(config) if learns else None, remade=learning.num_remade(config)
         )
     with pieces:
-        train_causal_lm(model, noise, steps=3, optimisation=optimisation, seed=0, label="m")
-    return training.memory(optimisation, tokens)
+        text = documents(vocab_size, tokens) if private else noise
+        train_causal_lm(model, text, steps=3, optimisation=optimisation, seed=0, label="m")
+    return training.memory(optimisation, tokens, private=private)
 
 preset, vocab_size, tokens, options = json.loads(sys.argv[1])
 train(preset.rsplit("-", 1)[0] + "-pico", 64, 16, **{**options, "batch_size": 2})  # so that all libraries are there
@@ -74,6 +85,8 @@ TRAININGS = [
     ("llama-small", 8192, 256, {"batch_size": 8, "precision": "fp32", "gradient_checkpointing": True}),
     ("llama-small", 8192, 64, {"batch_size": 2, "precision": "fp32", "accumulate": 4}),
     ("gpt2-small", 8192, 256, {"batch_size": 8, "precision": "bf16"}),
+    ("gpt2-small", 8192, 256, {"batch_size": 8, "precision": "fp32", "private": True}),
+    ("llama-tiny", 2048, 128, {"batch_size": 8, "precision": "fp32", "private": True}),
     ("qwen2-moe-tiny", 2048, 128, {"batch_size": 8, "precision": "fp32"}),
     (
         "qwen2-moe-small",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,8 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from deepfusion.artifacts import MANIFEST, RunFolder, file_digest, key_of, write_atomic
+from deepfusion.errors import DiskError
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,24 @@ def test_a_write_that_fails_leaves_the_old_content(tmp_path: Path, monkeypatch: 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(step, full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DiskError, match=r"it cannot be written \(No space left on device\); make room .*--resume"):
         write_atomic(path, "new")
     assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_a_stage_that_finds_the_disk_full_says_so_whoever_wrote_and_is_done_again_later(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+
+    def full(out: Path) -> None:
+        save_file({"x": torch.zeros(100_000)}, out / "model.safetensors")
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(DiskError, match=r"stage: this stage cannot be written \(.*File too large.*--resume"):
+            folder.keep("stage", full)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "stage").exists()
+    assert (folder.keep("stage", full) / "model.safetensors").stat().st_size > 400_000

@@ -96,6 +96,17 @@ def test_an_estimate_grows_with_what_must_make_it_grow() -> None:
     assert parts.logits == 3 * 4 * 256 * 8192 * 4
 
 
+def test_a_private_training_holds_one_document_and_one_more_gradient_whatever_its_batch() -> None:
+    def estimate(private: bool, **keys: object) -> memory.MemoryEstimate:
+        return memory.training_memory(config("llama-small", 8192, 256), optimisation(**keys), 256, private=private)
+
+    one = estimate(True)
+    assert one == estimate(True, batch_size=64, accumulate=4)
+    assert one.gradients == 2 * estimate(False).gradients
+    assert one.activations == estimate(False, batch_size=1).activations
+    assert estimate(False, batch_size=1).total < one.total < estimate(False, batch_size=4).total
+
+
 def test_a_device_over_its_limit_is_refused_with_what_would_fit() -> None:
     big, tiny = config("llama-small", 8192, 256), config("gpt2-pico", 64, 256)
     need = memory.training_memory(big, optimisation(), 256).total

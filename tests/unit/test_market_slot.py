@@ -47,6 +47,7 @@ def cleared(bids: list[Bid], **changes: Any) -> dict[str, Any]:
         ({"accuracy": -0.01}, "give one of the two"), ({"sigma": None, "accuracy": 0.5}, "at best"), ({"user": ""}, "name"),
         ({"latency": 0.001}, "no cut leaves the edge any time"), ({"demand": 1.0}, "by the public tables it is"),
         ({"demand": math.nan}, "by the public tables"), ({"device_bandwidth": 0.0}, "device_bandwidth"),
+        ({"budget": 1e308}, r"budget = 1e\+308"), ({"rate": 1e-300}, "rate = 1e-300"), ({"rtt": 1e300}, r"rtt = 1e\+300"),
     ],
 )  # fmt: skip
 def test_a_bid_that_cannot_be_is_refused_with_its_reason_and_blocks_nobody(change: dict[str, Any], words: str) -> None:
@@ -56,6 +57,19 @@ def test_a_bid_that_cannot_be_is_refused_with_its_reason_and_blocks_nobody(chang
     assert list(result["refused"]) == [change.get("user", "ann")]
     with pytest.raises(AssertionError, match=words):
         raise AssertionError(next(iter(result["refused"].values())))
+
+
+@pytest.mark.parametrize("mode", ["per_bidder", "global"])
+def test_no_bids_within_the_bounds_stop_a_clearing(mode: Any) -> None:
+    ends = [1e-21, 1e21]
+    extreme = [
+        replace(GOOD, user=f"{k}-{v}", **{k: v}) for k in ("latency", "device_flops", "rate", "rtt") for v in ends
+    ]
+    for budgets in ([1e12, 1e12, 5e-324], [1e12, 1.0, 0.0], [5e-324] * 3):
+        rich = [replace(GOOD, user=str(n), budget=budget) for n, budget in enumerate(budgets)]
+        result = cleared([*rich, *extreme], agreement=mode)
+        assert len(result["winners"]) >= 1
+        assert json.dumps(result, allow_nan=False)
 
 
 def test_all_faults_of_a_bid_are_told_at_once() -> None:
@@ -249,11 +263,11 @@ def test_simulate_from_the_command_line_leaves_a_record_and_a_page(
     assert "coco (per bidder)" in capsys.readouterr().out
     assert (tmp_path / "market.html").exists()
     assert len(json.loads((tmp_path / "record.json").read_text())["bids"]) == 2
-    assert call(monkeypatch, "simulate", config, "--out", tmp_path, "--set", "slots=0") == 2
+    assert call(monkeypatch, "simulate", config, "--out", tmp_path, "--set", "slots=0") == 78
     assert "slots = 0" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["open", "clear", "audit", "simulate"])
+@pytest.mark.parametrize("command", ["open", "clear", "audit", "serve", "simulate", "profile"])
 def test_every_command_has_examples(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

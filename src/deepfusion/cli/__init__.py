@@ -3,16 +3,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 from contextlib import contextmanager
 
 from rich.panel import Panel
 
-from deepfusion.cli import fleet, market, models, runs
+from deepfusion.cli import fleet, market, market_service, models, profiles, runs
 from deepfusion.cli.shared import app, err, escape
-from deepfusion.errors import DeepFusionError
+from deepfusion.errors import BusyError, ConfigError, DeepFusionError, DiskError, FederationError
 
-__all__ = ["app", "fleet", "main", "market", "models", "runs"]
+__all__ = ["app", "fleet", "main", "market", "market_service", "models", "profiles", "runs"]
+
+
+def _exit_code(error: DeepFusionError) -> int:
+    """As in sysexits.h: 78 where a file has to be mended, 75 where the same command may succeed later; 2 for the rest."""
+    if isinstance(error, ConfigError):
+        return os.EX_CONFIG
+    return os.EX_TEMPFAIL if isinstance(error, FederationError | DiskError | BusyError) else 2
 
 
 @contextmanager
@@ -25,7 +33,7 @@ def _errors_with_a_cure() -> Generator[None]:
                 escape(str(error)), title=f"[red]{type(error).__name__}[/red]", title_align="left", border_style="red"
             )
         )
-        raise SystemExit(2) from None
+        raise SystemExit(_exit_code(error)) from None
     except KeyboardInterrupt:
         err.print("Interrupted. Finished stages are kept; go on with --resume.")
         raise SystemExit(130) from None

@@ -6,12 +6,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.table import Table
 
 from deepfusion.cli.shared import AsJson, ConfigPath, Overrides, Seed, app, err, escape, examples, out
+
+if TYPE_CHECKING:  # --help need not wait for it
+    from deepfusion.market.ledger import Ledger
 
 market = typer.Typer(
     name="market",
@@ -27,7 +30,8 @@ Profiles = Annotated[
 ]
 
 
-def _tables(folder: Path | None) -> dict[str, Any]:
+def tables(folder: Path | None) -> dict[str, Any]:
+    """The exit tables that ship, and those of a folder."""
     from deepfusion.market.architectures import shipped_profiles
     from deepfusion.market.profiles import load_profiles
 
@@ -90,7 +94,7 @@ def clear(
 
     opened = ledger.read_opened(seed_file) if seed_file else ledger.open_slot(bids.stem)
     written = ledger.clear_to_ledger(
-        opened, read_bids(bids), _tables(profiles), Provider(capacity=capacity, gamma=gamma, power_kw=power_kw),
+        opened, read_bids(bids), tables(profiles), Provider(capacity=capacity, gamma=gamma, power_kw=power_kw),
         price_kwh=price_kwh, coco=Coco(agreement=mode, objective=objective), latency=latency,
         committed=seed_file is not None,
     )  # fmt: skip
@@ -139,40 +143,55 @@ def _show_slot(result: dict[str, Any], mode: str) -> None:
     epilog=examples(
         "deepfusion market audit bids.ledger.json",
         "deepfusion market audit bids.ledger.json --commitment 5f2c... --bids my-bid.jsonl",
+        "deepfusion market audit market.sqlite --slot market-17 --receipts receipts.jsonl",
     )
 )
 def audit(
-    ledger_file: Annotated[Path, typer.Argument(help="What `market clear` wrote.", metavar="LEDGER")],
+    ledger_file: Annotated[
+        Path,
+        typer.Argument(
+            help="What `market clear` wrote, a slot that a service gave out, or its ledger.", metavar="LEDGER"
+        ),
+    ],
     commitment: Annotated[str | None, typer.Option(help="The hash that was published before the bids closed.")] = None,
     bids: Annotated[
         Path | None, typer.Option(help="Bids that you know were sent; each must stand in the ledger.")
     ] = None,
+    receipts: Annotated[Path | None, typer.Option(help="A service's receipts; their bids must stand in it.")] = None,
+    key: Annotated[str | None, typer.Option(help="The service's public key, as you noted it.")] = None,
+    slot: Annotated[str | None, typer.Option(help="Of a service's ledger: this slot alone.")] = None,
     profiles: Profiles = None,
     as_json: AsJson = False,
 ) -> None:
     """Compute a slot again from its seed and bids, and say whether the provider cheated. Exit code 1 if so."""
     from deepfusion.market.bids import read_bids
     from deepfusion.market.ledger import audit as find_faults
-    from deepfusion.market.ledger import read_ledger
+    from deepfusion.market.service.audit import audited, read_receipts
 
-    written = read_ledger(ledger_file)
-    known = read_bids(bids) if bids else []
-    wrong = find_faults(written, _tables(profiles), commitment=commitment, known=known)
-    promised = commitment or written.commitment_published
+    given, known, cheated = read_receipts(receipts) if receipts else [], read_bids(bids) if bids else [], False
+    one = commitment is not None or bids is not None
+    for written, signed, wrong in audited(ledger_file, slot=slot, only_one=one, receipts=given, key=key):
+        wrong += find_faults(written, tables(profiles), commitment=commitment, known=known)
+        _show_audit(written, wrong, noted=signed or commitment is not None, as_json=as_json)
+        cheated |= bool(wrong)
+    if cheated:
+        raise typer.Exit(1)
+
+
+def _show_audit(written: Ledger, wrong: list[str], *, noted: bool, as_json: bool) -> None:
+    committed = noted or written.commitment_published is not None
     if as_json:
-        sys.stdout.write(json.dumps({"slot": written.slot, "wrong": wrong, "committed": promised is not None}) + "\n")
+        sys.stdout.write(json.dumps({"slot": written.slot, "wrong": wrong, "committed": committed}) + "\n")
     elif wrong:
         out.print(f"[red]Slot {escape(written.slot)} is not what the rules make of its bids and seed:[/red]")
         for sentence in wrong:
             out.print(f"  {escape(sentence)}")
     else:
         out.print(f"Slot {escape(written.slot)} is what the rules make of its {len(written.bids)} bids and its seed.")
-        if promised is None:
+        if not committed:
             out.print("No commitment was published: whether the seed was chosen to suit the bids cannot be told.")
-        elif commitment is None:
+        elif not noted:
             out.print("The commitment is the ledger's own word; give --commitment with the one that you noted.")
-    if wrong:
-        raise typer.Exit(1)
 
 
 @market.command(
@@ -197,7 +216,7 @@ def simulate(
 
     options = load_simulation(config, overrides or [], seed=seed)
     with bars(err) as progress:
-        found = run_slots(options, _tables(profiles), progress)
+        found = run_slots(options, tables(profiles), progress)
     found.save(out_dir / "record.json")
     write_page(found, out_dir / "market.html")
     if as_json:

@@ -6,10 +6,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:  # --help need not wait for it
+    from deepfusion.record import Record
 
 app = typer.Typer(
     name="deepfusion",
@@ -46,3 +49,16 @@ def show(value: dict[str, Any], as_json: bool, text: str) -> None:
         sys.stdout.write(json.dumps(value) + "\n")
     else:
         out.print(text)
+
+
+def show_run(record: Record, folder: Path, as_json: bool) -> None:
+    """Print a finished run, for machines or for people."""
+    from deepfusion.report.table import summary_table
+
+    if as_json:
+        sys.stdout.write(record.model_dump_json(indent=2) + "\n")
+        return
+    out.print(summary_table([record]))
+    out.print(f"Model   [bold]{folder / 'moe'}[/bold]   (opens with AutoModelForCausalLM.from_pretrained)")
+    out.print(f"Report  [bold]{folder / 'report.html'}[/bold]")
+    out.print(f"Record  {folder / 'record.json'}")

@@ -122,10 +122,16 @@ def corpus_from_files(
     Raises:
         DataError: the text or the tokenizer cannot be read.
     """
+    return corpus_from_source(source_of_files([data], split, text, prompt, answer), split, tokenizer_folder)
+
+
+def source_of_files(
+    data: Sequence[str], split: Split, text: str | None, prompt: str | None, answer: str | None
+) -> CorpusSource:
+    """What `corpus_from_files` reads, as a row of [[data.corpora]]."""
     whole = "{text}" if text is None and prompt is None else text
     source = CorpusSource(domain="text", text=whole, prompt=prompt, answer=answer)
-    source = replace(source, **{split: str(Path(data).absolute())})
-    return corpus_from_source(source, split, tokenizer_folder)
+    return replace(source, **{split: tuple(str(Path(path).absolute()) for path in data)})
 
 
 def write_corpus(corpus: Corpus, folder: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, cast
@@ -41,7 +41,7 @@ class MemoryEstimate:
 
     Attributes:
         weights: parameters, float32, and what is made of them anew in each forward pass.
-        gradients: of all parameters that learn.
+        gradients: of all parameters that learn; of a private training, also the sum of the documents' clipped ones.
         optimiser: AdamW's two moments of these.
         activations: what a forward pass keeps for its backward pass.
         logits: `LOGIT_COPIES` arrays over the vocabulary.
@@ -68,12 +68,14 @@ def skeleton_state(config: PreTrainedConfig) -> State:
 
 def num_active_parameters(config: PreTrainedConfig) -> int:
     """Parameters that take part in one token's forward pass: of routed experts only the `num_experts_per_tok` chosen."""
+    return count_active(_skeleton(config).named_parameters(), config)
+
+
+def count_active(named: Iterable[tuple[str, torch.Tensor]], config: PreTrainedConfig) -> int:
+    """How many numbers of these parameters of a model, or of a block of it, take part in one token's forward pass."""
     experts = next((int(getattr(config, key)) for key in EXPERT_KEYS if getattr(config, key, None)), 0)
     top = int(getattr(config, "num_experts_per_tok", 0) or 0)
-    return sum(
-        p.numel() * top // experts if experts and ".experts." in name else p.numel()
-        for name, p in _skeleton(config).named_parameters()
-    )
+    return sum(p.numel() * top // experts if experts and ".experts." in name else p.numel() for name, p in named)
 
 
 def forward_flops_per_token(config: PreTrainedConfig) -> int:
@@ -100,6 +102,7 @@ def training_memory(
     *,
     learns: int | None = None,
     remade: int = 0,
+    private: bool = False,
 ) -> MemoryEstimate:
     """Peak memory of AdamW training in float32, with activations in bf16 where `optimisation` asks for that.
 
@@ -109,7 +112,10 @@ def training_memory(
     Args:
         learns: how many numbers learn; None for all parameters. Where it is given, the embeddings are not among them.
         remade: how many weights are made anew in each forward pass and kept until its backward pass is over.
+        private: by DP-SGD, which reads one document at a time and adds up their clipped gradients.
     """
+    if private:
+        optimisation = replace(optimisation, batch_size=1, accumulate=1)
     parameters = num_parameters(config)
     on_gpu = torch.cuda.is_available()
     bf16 = optimisation.precision == "bf16" or (optimisation.precision == "auto" and on_gpu)
@@ -124,10 +130,11 @@ def training_memory(
         (parameters, 0) if learns is None else (learns, learns)
     )  # adapters are there beside the parameters
     weights, gradients, optimiser = 4 * (parameters + beside + remade), 4 * learning, 8 * learning
-    at_the_loss = activations + LOGIT_COPIES * one_array + (gradients if optimisation.accumulate > 1 else 0)
-    at_the_end = gradients + tied + 2 * one_array
+    sums = gradients if private else 0
+    at_the_loss = activations + LOGIT_COPIES * one_array + (gradients if optimisation.accumulate > 1 else sums)
+    at_the_end = gradients + sums + tied + 2 * one_array
     total = weights + optimiser + int(max(at_the_loss, at_the_end) * (1.0 if on_gpu else CPU_ALLOCATOR))
-    return MemoryEstimate(weights, gradients, optimiser, activations, LOGIT_COPIES * one_array, total)
+    return MemoryEstimate(weights, gradients + sums, optimiser, activations, LOGIT_COPIES * one_array, total)
 
 
 def check_fits(
@@ -162,9 +169,14 @@ def what_would_fit(
     *,
     learns: int | None = None,
     remade: int = 0,
+    private: bool = False,
 ) -> str:
     """A sentence on how to stay below `limit` bytes: checkpointing, a smaller batch, another of the fleet's architectures."""
-    ways = [name for name, other in others if training_memory(other, optimisation, sequence_length).total <= limit]
+    ways = [
+        name
+        for name, other in others
+        if training_memory(other, optimisation, sequence_length, private=private).total <= limit
+    ]
     candidates = (
         replace(optimisation, batch_size=batch, gradient_checkpointing=checkpointing)
         for batch in sorted({optimisation.batch_size, 4, 2, 1}, reverse=True)
@@ -172,7 +184,7 @@ def what_would_fit(
         for checkpointing in (optimisation.gradient_checkpointing, True)
     )
     for candidate in candidates:
-        need = training_memory(config, candidate, sequence_length, learns=learns, remade=remade).total
+        need = training_memory(config, candidate, sequence_length, learns=learns, remade=remade, private=private).total
         if need <= limit:
             also = " with gradient_checkpointing = true" if candidate.gradient_checkpointing else ""
             ways.insert(0, f"batch_size = {candidate.batch_size}{also} ({gib(need)})")

@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils.logging import disable_progress_bar
 
 from deepfusion.devices.presets import PRESETS, Preset
 from deepfusion.devices.vocabulary import transfer_vocabulary
@@ -32,6 +33,8 @@ from deepfusion.types import ModelSpec
 
 POSITION_KEYS = ("max_position_embeddings", "n_positions")
 SPECIAL_KEYS = ("eos_token_id", "bos_token_id", "pad_token_id")
+
+disable_progress_bar()  # transformers' own, one a file, would drown ours
 
 
 def make_config(
@@ -242,10 +245,15 @@ def _check_heads(config: PreTrainedConfig) -> None:
         )
 
 
+def reach_of(config: PreTrainedConfig) -> int | None:
+    """The longest sequence that a model of this configuration reads; None where it names no limit."""
+    return min((int(getattr(config, key)) for key in POSITION_KEYS if getattr(config, key, None)), default=None)
+
+
 def check_reach(config: PreTrainedConfig, positions: int) -> None:
     """Raise ModelError unless a model of this configuration reads sequences of `positions` tokens."""
-    reach = min((int(getattr(config, key)) for key in POSITION_KEYS if getattr(config, key, None)), default=positions)
-    if reach < positions:
+    reach = reach_of(config)
+    if reach is not None and reach < positions:
         raise ModelError(
             f"reaches {reach} positions, fewer than [data] sequence_length = {positions}; lower that to {reach}"
         )

@@ -30,13 +30,15 @@ SAME = 1e-9
 """Relative: amounts that differ by less were rounded otherwise on another machine."""
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """What is written down: no unknown keys, unchangeable, infinities as JSON's extended constants."""
+
     model_config: ClassVar[ConfigDict] = ConfigDict(
         extra="forbid", frozen=True, ser_json_inf_nan="constants", allow_inf_nan=True
     )
 
 
-class Opened(_Strict):
+class Opened(Strict):
     """A slot's secret before the bids are closed.
 
     Attributes:

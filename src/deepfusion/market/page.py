@@ -12,15 +12,14 @@ from rich.table import Table
 
 from deepfusion.artifacts import write_atomic
 from deepfusion.market.simulation import MechanismResult, Simulated, SlotRow
+from deepfusion.market.slot import MICRO
 from deepfusion.report import charts
-from deepfusion.report.page import render
+from deepfusion.report.render import render
 
 COLUMNS = (
     "mechanism", "truthful", "one price", "revenue", "over omniscient", "profit", "served", "sold", "users' surplus",
     "envious", "early", "late", "ms a slot",
 )  # fmt: skip
-MICRO = 1e15
-"""From $ for a FLOP/s to millionths of $ for a GFLOP/s."""
 LEFT = ("mechanism", "truthful", "one price")
 
 

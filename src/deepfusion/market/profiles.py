@@ -19,6 +19,14 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from deepfusion.artifacts import key_of, write_atomic
 from deepfusion.errors import MarketError
 
+LATER = ("prompt_flops", "prompt_reads", "left_flops", "left_bytes")
+"""Fields that tables of the first version did not have."""
+NOBODY = 1e-12
+"""A share of samples up to which nobody is said to be there."""
+LARGEST = 1e30
+"""No FLOPs, bytes or crossings of a table are more: sums and products of them stay finite."""
+LARGEST_FILE = 1 << 24
+"""Bytes of a table on disk at most: thousands of blocks."""
 Mode = Literal["expected", "worst"]
 """Which latency Phase I promises: the mean over samples, or that of a sample that leaves nowhere early."""
 
@@ -59,6 +67,11 @@ class Profile:
         prompt_bytes: what crosses in addition once, as long as anybody reaches the edge.
         block_reads: bytes of weights read by each block, for `roofline`.
         head_reads: the same of each head.
+        prompt_flops: FLOPs of each block that are spent in addition once, as long as anybody gets there: a prompt runs whole.
+        prompt_reads: the same of bytes of weights.
+        left_flops: FLOPs of each block for a sample that has left before it: its keys and values, which later tokens need.
+        left_bytes: what crosses each cut, `crossings` times, for a sample that has left before it; it goes with the next one
+            that has not, so it makes no round trip of its own.
         sigmas: exit thresholds, ascending; the last is 1, at which nobody leaves early.
         exit_share: P_m, a row for each sigma: share of samples that leave at each exit.
         accuracy_change: for each sigma, accuracy minus that of the whole model, as a fraction.
@@ -76,6 +89,10 @@ class Profile:
     prompt_bytes: tuple[float, ...] = ()
     block_reads: tuple[float, ...] = ()
     head_reads: tuple[float, ...] = ()
+    prompt_flops: tuple[float, ...] = ()
+    prompt_reads: tuple[float, ...] = ()
+    left_flops: tuple[float, ...] = ()
+    left_bytes: tuple[float, ...] = ()
     sigmas: tuple[float, ...]
     exit_share: tuple[tuple[float, ...], ...]
     accuracy_change: tuple[float, ...]
@@ -87,23 +104,25 @@ class Profile:
 
     @cached_property
     def digest(self) -> str:
-        """Hash of all numbers: 32 hex digits."""
-        return key_of(asdict(self))
+        """Hash of all numbers: 32 hex digits. Fields of later versions count where they are used, so old ledgers stay right."""
+        return key_of({name: value for name, value in asdict(self).items() if value or name not in LATER})
 
     def faults(self) -> Iterator[str]:
         """What cannot be, and the cure (the checks of aeria, section 3)."""
+        if not 0 < len(self.name) <= 200 or not self.name.isprintable():
+            yield f"name = {self.name[:200]!r}: must be one line of 1 to 200 characters; rename the model"
         yield from self._shape_faults()
         numbers = [
             *self.block_flops, *self.head_flops, *self.cut_bytes, *self.crossings, *self.prompt_bytes,
-            *self.block_reads, *self.head_reads,
+            *self.block_reads, *self.head_reads, *self.prompt_flops, *self.prompt_reads, *self.left_flops, *self.left_bytes,
         ]  # fmt: skip
-        if not all(0 <= number < float("inf") for number in numbers):
-            yield "FLOPs, bytes and crossings: must be finite and not negative; measure again"
+        if not all(0 <= number < LARGEST for number in numbers):
+            yield f"FLOPs, bytes and crossings: must be finite, below {LARGEST:.0e}, and not negative; measure again"
         if not all(-1 <= change <= 1 for change in self.accuracy_change):
             yield f"accuracy_change = {self.accuracy_change}: each lies between -1 and 1; give fractions, not per cent"
         if any(low >= high for low, high in zip(self.sigmas, self.sigmas[1:], strict=False)):
             yield f"sigmas = {self.sigmas}: must ascend; sort the rows"
-        if not self.sigmas or self.sigmas[0] < 0 or self.sigmas[-1] != 1:
+        if not self.sigmas or not all(0 <= sigma <= 1 for sigma in self.sigmas) or self.sigmas[-1] != 1:
             yield f"sigmas = {self.sigmas}: must lie in [0, 1] and end with 1, the row of the whole model"
 
     def _shape_faults(self) -> Iterator[str]:
@@ -115,6 +134,10 @@ class Profile:
             "prompt_bytes": (len(self.prompt_bytes), {0, blocks + 1}),
             "block_reads": (len(self.block_reads), {0, blocks}),
             "head_reads": (len(self.head_reads), {0, exits}),
+            "prompt_flops": (len(self.prompt_flops), {0, blocks}),
+            "prompt_reads": (len(self.prompt_reads), {0, blocks}),
+            "left_flops": (len(self.left_flops), {0, blocks}),
+            "left_bytes": (len(self.left_bytes), {0, blocks + 1}),
             "exit_share": (len(self.exit_share), {len(self.sigmas)}),
             "accuracy_change": (len(self.accuracy_change), {len(self.sigmas)}),
         }
@@ -164,21 +187,31 @@ class Profile:
     def cuts(self, row: int, mode: Mode = "expected") -> Cuts:
         """What a sample costs at each cut, at the threshold of this row."""
         reach = self.reach(row, mode)
-        device_flops, edge_flops = self._split(self.block_flops, self.head_flops, reach)
-        device_reads, edge_reads = self._split(self.block_reads, self.head_reads, reach)
+        device_flops, edge_flops = self._split(
+            self.block_flops, self.head_flops, self.prompt_flops, self.left_flops, reach
+        )
+        device_reads, edge_reads = self._split(self.block_reads, self.head_reads, self.prompt_reads, (), reach)
         crossings = np.asarray(self.crossings or [1.0] * len(reach))
         often = reach * crossings
-        prompt = np.asarray(self.prompt_bytes or [0.0] * len(reach))
-        offloads = reach > 1e-12
-        sent = np.where(offloads, often * np.asarray(self.cut_bytes) + prompt, 0.0)
+        none = [0.0] * len(reach)
+        once = np.asarray(self.prompt_bytes or none) + (crossings - often) * np.asarray(self.left_bytes or none)
+        offloads = reach > NOBODY
+        sent = np.where(offloads, often * np.asarray(self.cut_bytes) + once, 0.0)
         trips = np.where(offloads, np.maximum(often, 1.0), 0.0)
         return Cuts(device_flops, edge_flops, device_reads, edge_reads, sent, trips)
 
     def _split(
-        self, blocks: tuple[float, ...], heads: tuple[float, ...], reach: np.ndarray
+        self,
+        blocks: tuple[float, ...],
+        heads: tuple[float, ...],
+        prompt: tuple[float, ...],
+        left: tuple[float, ...],
+        reach: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Sums over what stands before each cut, and behind it."""
-        work = np.asarray(blocks or [0.0] * self.num_blocks) * reach[:-1]
+        none, running = [0.0] * self.num_blocks, reach[:-1]
+        work = np.asarray(blocks or none) * running
+        work += np.where(running > NOBODY, np.asarray(prompt or none) + (1 - running) * np.asarray(left or none), 0.0)
         for block, head in zip(self.exit_blocks, heads, strict=bool(heads)):
             work[block - 1] += reach[block - 1] * head
         done = np.concatenate([[0.0], np.cumsum(work)])
@@ -197,6 +230,8 @@ def load_profile(path: Path) -> Profile:
         MarketError: it is no such table, or its numbers cannot be; all faults at once.
     """
     try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise MarketError(f"{path}: {path.stat().st_size} bytes, more than a table of exits has; give another file")
         found = TypeAdapter(Profile).validate_json(path.read_bytes(), strict=True)
     except OSError as error:
         raise MarketError(f"{path}: cannot be read ({error.strerror}); give a table of exits in JSON") from error

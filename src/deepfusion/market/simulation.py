@@ -21,7 +21,7 @@ from deepfusion.market.mechanisms import Mechanism, Past, draw, mechanisms, reme
 from deepfusion.market.population import Electricity, Population, PopulationOptions
 from deepfusion.market.profiles import Mode, Profile
 from deepfusion.registry import did_you_mean
-from deepfusion.schema import build, plain, read_toml
+from deepfusion.schema import parse_options, plain, read_toml
 from deepfusion.types import Progress, silent
 
 HISTORY = 24
@@ -75,11 +75,7 @@ def load_simulation(path: Path, overrides: Sequence[str] = (), *, seed: int | No
     tree = read_toml(path, overrides)
     if seed is not None:
         tree["seed"] = seed
-    faults: list[str] = []
-    options = build(SimulationOptions, tree, "", faults)
-    if faults or options is None:
-        raise ConfigError(faults, str(path))
-    return options
+    return parse_options(SimulationOptions, tree, str(path))
 
 
 class _Part(BaseModel):

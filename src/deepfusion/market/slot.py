@@ -20,6 +20,8 @@ from deepfusion.market.profiles import Mode, Profile
 
 SAME_DEMAND = 1e-6
 """Relative: a stated demand that differs by more from what the tables say is refused."""
+MICRO = 1e15
+"""From $ for a FLOP/s to millionths of $ for a GFLOP/s, as charts have it."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from deepfusion.artifacts import write_atomic
 from deepfusion.report import charts
 from deepfusion.report.comparison import Comparison, MethodResult, with_spread
-from deepfusion.report.page import render
+from deepfusion.report.render import render
 from deepfusion.report.rows import size
 
 COLUMNS = (

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
 from deepfusion.artifacts import write_atomic
 from deepfusion.devices.memory import gib
 from deepfusion.record import Record
 from deepfusion.report import charts
+from deepfusion.report.render import render
 from deepfusion.report.rows import compared, headline, size
 
 MANY = 40
@@ -30,17 +30,6 @@ def write_report(records: Sequence[Record], path: Path) -> None:
         runs=[_run(record) for record in records],
     )
     write_atomic(path, page)
-
-
-def render(template: str, **values: Any) -> str:
-    """A page out of one of the templates beside this file; whatever is not marked as safe is escaped."""
-    environment = Environment(
-        loader=PackageLoader("deepfusion.report", "."),
-        autoescape=select_autoescape(["html"]),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(template).render(**values)
 
 
 def _comparison(records: Sequence[Record]) -> dict[str, Any]:
