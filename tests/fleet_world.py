@@ -118,8 +118,8 @@ def serve_fleet(
 ) -> Record | None:  # fmt: skip
     """What the ServerApp does, over these wires."""
     config = server_config(layout, *overrides)
-    folder = open_folder(config, layout.server / "run", resume=resume)
-    return serve(
-        config, folder, wires, wires.nodes, timeout=config.federation.timeout_seconds, until=until, tell=tell,
-        job=lambda card: job_payload(config, folder / "data" / "tokenizer", card.model.name),
-    )  # fmt: skip
+    with open_folder(config, layout.server / "run", resume=resume) as folder:
+        return serve(
+            config, folder, wires, wires.nodes, timeout=config.federation.timeout_seconds, until=until, tell=tell,
+            job=lambda card: job_payload(config, folder / "data" / "tokenizer", card.model.name),
+        )  # fmt: skip

@@ -7,11 +7,10 @@ the prepared data in it, and `device-id`. A node of a fleet finds `device` there
 
 from __future__ import annotations
 
-import faulthandler
-import os
 import shutil
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+import signal
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing, contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,7 +18,6 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
-from transformers.utils.logging import disable_progress_bar
 
 from deepfusion.artifacts import RunFolder
 from deepfusion.config import RunConfig, load_config
@@ -60,7 +58,6 @@ PRELOAD = (
 )  # fmt: skip
 """Modules that are imported once for all devices' processes; importing `transformers` alone is lazy and buys nothing."""
 
-disable_progress_bar()  # transformers' own, one a file, would drown ours
 client_app = ClientApp()
 server_app = ServerApp()
 __all__ = ["client_app", "launch", "server_app"]
@@ -82,17 +79,18 @@ def _train(message: Message, context: Context) -> Message:
 def _answer_on_a_fleet(message: Message, path: Path) -> Message:
     """The same by a device that has a machine, a file and a workshop of its own."""
     own = load_device(path)
-    faulthandler.dump_traceback_later(own.limits.hours * 3600, exit=True)  # or a hang would block the node for ever
+    # The kernel ends this process then, whatever hangs in it: a hang would block the node for ever.
+    signal.setitimer(signal.ITIMER_REAL, own.limits.hours * 3600)
 
     def handle(request: Payload) -> Payload:
         shop = open_workshop(own, path, job_of(message), message.metadata.run_id)
-        return shop.answer(request, lambda: _work(shop.job.method, shop.device(), request))
+        return shop.answer(request, lambda: _work(shop.job.method, shop.device(request), request))
 
     try:
         with _threads(own.limits.threads):
             return answer(message, own.id, handle)
     finally:
-        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _work(method: Method, device: Device, request: Payload) -> Payload:
@@ -115,26 +113,20 @@ def _serve_a_fleet(grid: Grid, context: Context) -> None:
     """The server of a fleet, in the process that the SuperLink starts for a run; how it ended is noted for `fleet run`."""
     values = context.run_config
     server, until = open_server(Path(str(values["server"]))), str(values["until"]) or None
-    outcome: dict[str, str | int] = {"token": str(values["token"])}
-    server.note_outcome({**outcome, "pid": os.getpid()})
-    apart = PulledApart(grid)
-    try:
+    token, resume, run = str(values["token"]), bool(values["resume"]), server.path(server.file.run)
+    with server.outcome(token).noted(), closing(PulledApart(grid)) as apart:
         config = load_config(server.path(server.file.config))
         check_until(config, until)
         check_memory(config)
-        folder = open_folder(config, server.path(server.file.run), resume=bool(values["resume"]))
-        nodes = server.nodes()
-        with Roll(folder / ROLL, nodes).watching(grid.get_node_ids) as roll:
+        with (
+            open_folder(config, run, resume=resume, token=token) as folder,
+            Roll(folder / ROLL, server.nodes).watching(grid.get_node_ids) as roll,
+        ):
             serve(
-                config, folder, apart, nodes, timeout=config.federation.timeout_seconds, until=until,
-                job=lambda card: job_payload(config, folder / "data" / "tokenizer", card.model.name), tell=roll.tell,
+                config, folder, apart, server.nodes(), look_up=server.nodes, until=until, tell=roll.tell,
+                timeout=config.federation.timeout_seconds,
+                job=lambda card: job_payload(config, folder / "data" / "tokenizer", card.model.name),
             )  # fmt: skip
-    except Exception as error:
-        outcome |= {"error": str(error), "kind": type(error).__name__}
-        raise
-    finally:
-        apart.close()
-        server.note_outcome(outcome)
 
 
 @lru_cache(maxsize=4)
@@ -166,7 +158,12 @@ def launch(
     check_until(config, until)
     check_text(config)
     check_memory(config)
-    folder = open_folder(config, Path(out), resume=resume)
+    with open_folder(config, Path(out), resume=resume) as folder:
+        return _serve_here(config, folder, until, progress)
+
+
+def _serve_here(config: RunConfig, folder: RunFolder, until: str | None, progress: Progress) -> Record | None:
+    """Be the server, and have the engine be the devices."""
     results: list[Record] = []
 
     def main(grid: Grid, _context: Context) -> None:
@@ -198,6 +195,7 @@ def serve(
     *,
     in_flight: int | None = None,
     timeout: float | None = None,
+    look_up: Callable[[], Mapping[str, int]] | None = None,
     until: str | None = None,
     job: Callable[[DeviceCard], Payload] | None = None,
     tell: Tell = lambda device_id, state, reason: None,
@@ -207,7 +205,7 @@ def serve(
 
     Args:
         nodes: node id of each device.
-        in_flight, timeout, tell: see `Door`; a local grid has a timeout of its own.
+        in_flight, timeout, look_up, tell: see `Door`; a local grid has a timeout of its own.
         job: what each device is told of the run, where it has no part of the server's folder.
     """
     accelerator(config.method.tune.optimisation.precision)
@@ -216,7 +214,8 @@ def serve(
     fleet = {card.id: card for card in cards(config.devices, config.seed)}
     door = Door(
         grid, nodes, ledger, retries=options.retries, timeout=timeout, deadline=options.deadline_seconds,
-        in_flight=in_flight, job=job and (lambda device_id: job(fleet[device_id])), tell=tell, progress=progress,
+        in_flight=in_flight, look_up=look_up, job=job and (lambda device_id: job(fleet[device_id])), tell=tell,
+        progress=progress,
     )  # fmt: skip
     try:
         data = prepare_data(config, folder, progress)

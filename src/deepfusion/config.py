@@ -22,6 +22,7 @@ from deepfusion.federation.options import FederationOptions
 from deepfusion.methods import Method, TargetOptions, methods
 from deepfusion.registry import did_you_mean, option_name
 from deepfusion.schema import build, plain, read_toml, scalars_first
+from deepfusion.spread import ServerOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,7 @@ class RunConfig:
         devices: [devices] the fleet.
         target: [target] the MoE that comes out.
         federation: [federation] how devices are reached.
+        server: [server] how the server's work is spread.
         evaluate: [evaluate] what is measured.
         compare: [compare.<method>] options of DeepFusion's rivals where `deepfusion compare` should not choose them.
     """
@@ -66,6 +68,7 @@ class RunConfig:
     devices: FleetOptions
     target: TargetOptions
     federation: FederationOptions = field(default_factory=FederationOptions)
+    server: ServerOptions = field(default_factory=ServerOptions)
     evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
     compare: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
 
@@ -78,8 +81,17 @@ class RunConfig:
         if self.devices.count and not any(source.of("private") for source in self.data.corpora):
             cure = "add private = ... to a row, or give every device its own files ([[devices.named]]) and count = 0"
             yield f"[data] corpora: no row has private text: devices have nothing to train on; {cure}"
+        if self.devices.privacy and not self.method.trains_privately:
+            cure = "use a method that is one exchange of models, without [continue], or remove the section"
+            yield f"[devices.privacy]: of this method devices give away more than private models; {cure}"
         if self.federation.minimum_devices > (size := self.devices.count + len(self.devices.named)):
             yield f"[federation] minimum_devices = {self.federation.minimum_devices}: the fleet has {size}; lower it"
+        if self.server.workers > 1 and getattr(self.method, "recipe", None) != "paper":
+            cure = 'set recipe = "paper", or workers = 1'
+            yield f"[server] workers = {self.server.workers}: there are no independent students to distil at a time; {cure}"
+        if (parts := self.method.tune.optimisation.accumulate) % max(1, self.server.shards):
+            cure = f"set accumulate = {self.server.shards}, and batch_size to what is then left"
+            yield f"[tune.optimisation] accumulate = {parts}: no multiple of [server] shards = {self.server.shards}; {cure}"
         yield from self.method.faults_with(self.devices, self.data, self.target)
 
 

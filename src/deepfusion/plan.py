@@ -124,10 +124,11 @@ def _architecture(
 ) -> ArchitecturePlan:  # fmt: skip
     length, traffic = config.data.sequence_length, config.method.traffic(own[name], shapes)
     limit = None if config.devices.memory_limit_gib is None else int(config.devices.memory_limit_gib * 2**30)
-    need = hosted.memory(config.devices.training, length) if hosted else 0
+    private = config.devices.privacy is not None
+    need = hosted.memory(config.devices.training, length, private=private) if hosted else 0
     advice = ""
     if hosted and limit is not None and need > limit:
-        advice = hosted.what_would_fit(config.devices.training, length, limit, own)
+        advice = hosted.what_would_fit(config.devices.training, length, limit, own, private=private)
     return ArchitecturePlan(
         name=name,
         devices=count,

@@ -142,7 +142,11 @@ class RoundRecord(_Part):
 
 
 class DeviceRecord(_Part):
-    """One device."""
+    """One device.
+
+    Attributes:
+        epsilon: what a document's privacy lost at most by its training, at [devices.privacy] delta; None without privacy.
+    """
 
     id: str
     architecture: str
@@ -155,6 +159,7 @@ class DeviceRecord(_Part):
     tokens: int
     domains: dict[str, int]
     seconds: float | None
+    epsilon: float | None = None
 
 
 class ClusterRecord(_Part):

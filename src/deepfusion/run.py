@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from deepfusion.artifacts import RunFolder, key_of, write_atomic
+from deepfusion.artifacts import RunFolder, hold, key_of, write_atomic
 from deepfusion.config import RunConfig, to_toml
 from deepfusion.data.options import CorpusSource
 from deepfusion.data.prepare import PreparedData, corpus_from_source, load_prepared, prepare
@@ -25,6 +26,7 @@ from deepfusion.data.split import divide
 from deepfusion.devices import memory, models
 from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import DeviceCard, cards, shared_ids
+from deepfusion.devices.releases import Seeded
 from deepfusion.errors import ConfigError, MemoryLimitError, ResumeError
 from deepfusion.methods.base import Site, Training
 from deepfusion.methods.budget import Shapes
@@ -47,19 +49,24 @@ class Notes:
             self.sentences.append(sentence)
 
 
-def open_folder(config: RunConfig, path: Path, *, resume: bool) -> RunFolder:
-    """The run folder, with the resolved configuration in it.
+@contextmanager
+def open_folder(config: RunConfig, path: Path, *, resume: bool, **note: str) -> Generator[RunFolder]:
+    """The run folder, with the resolved configuration in it, for this process alone while the context lasts.
+
+    Args:
+        note: what others are told of this process; see `hold`.
 
     Raises:
         ResumeError: there is a run in it already and `resume` was not asked for.
+        BusyError: another process is at work on it.
     """
-    if (path / CONFIG).exists() and not resume:
-        raise ResumeError(f"{path}: holds a run already; add --resume to go on with it, or choose another --out")
     if path.exists() and not path.is_dir():
         raise ResumeError(f"{path}: is a file; choose another --out")
-    folder = RunFolder(path)
-    write_atomic(path / CONFIG, to_toml(config))
-    return folder
+    with hold(path, **note):
+        if (path / CONFIG).exists() and not resume:
+            raise ResumeError(f"{path}: holds a run already; add --resume to go on with it, or choose another --out")
+        write_atomic(path / CONFIG, to_toml(config))
+        yield RunFolder(path)
 
 
 def check_until(config: RunConfig, until: str | None) -> None:
@@ -87,13 +94,14 @@ def too_large(config: RunConfig) -> dict[str, str]:
     """The devices that cannot hold what they would train in their stated memory, and what would fit."""
     length, training = config.data.sequence_length, config.devices.training
     own, largest = own_configs(config), largest_trainings(config)
-    needs = {name: found.memory(training, length) for name, found in largest.items() if found}
+    private = config.devices.privacy is not None
+    needs = {name: found.memory(training, length, private=private) for name, found in largest.items() if found}
     found: dict[str, str] = {}
     for card in cards(config.devices, config.seed):
         hosted, limit = largest[card.model.name], card.memory_limit_bytes
         if hosted and limit is not None and (need := needs[card.model.name]) > limit:
             what = card.model.name if hosted.model == own[card.model.name] else hosted.model.model_type
-            cure = hosted.what_would_fit(training, length, limit, own)
+            cure = hosted.what_would_fit(training, length, limit, own, private=private)
             found[card.id] = f"({what}) needs {memory.gib(need)} of {memory.gib(limit)}: {cure}"
     return found
 
@@ -166,6 +174,7 @@ def make_site(
         note=note,
         until=until,
         quorum=config.federation.minimum_devices,
+        server=config.server,
     )
     site.reached("data")
     return site
@@ -188,10 +197,12 @@ def make_device(config: RunConfig, folder: RunFolder, card: DeviceCard) -> Devic
         tokenizer=data.tokenizer,
         sequence_length=config.data.sequence_length,
         training=training,
+        privacy=config.devices.privacy,
         epochs=config.devices.epochs,
         max_steps=config.devices.max_steps,
         memory_limit_bytes=card.memory_limit_bytes,
-        seed=derive_seed(config.seed, "device", card.id),
+        seed=(seed := derive_seed(config.seed, "device", card.id)),
+        releases=Seeded(seed),
         scratch=folder.path / ".partial" / f"device-{card.id}-{key[:12]}",
     )
 

@@ -23,7 +23,7 @@ from deepfusion.stages.local import steps_for
 
 def devices_of(config: RunConfig, site: Site, ledger: Ledger, clusters: ClusterRecord | None) -> list[DeviceRecord]:
     """Each device: its architecture, memory, bytes, time, and the size of its text."""
-    largest = largest_trainings(config)
+    largest, private = largest_trainings(config), config.devices.privacy is not None
     sent, telemetry = ledger.by_device("up"), ledger.telemetry()
     found: list[DeviceRecord] = []
     for card in site.cards:
@@ -33,14 +33,22 @@ def devices_of(config: RunConfig, site: Site, ledger: Ledger, clusters: ClusterR
             id=card.id,
             architecture=card.model.name,
             parameters=memory.num_parameters(hosted.model) if hosted else 0,
-            estimated_memory_bytes=hosted.memory(config.devices.training, site.sequence_length) if hosted else 0,
+            estimated_memory_bytes=hosted.memory(config.devices.training, site.sequence_length, private=private) if hosted else 0,
             peak_memory_bytes=peak,
             upload_bytes=sent.get(card.id, 0),
             cluster=clusters.labels.get(card.id) if clusters else None,
             seconds=seconds,
+            epsilon=_spent(site, card.id) if private else None,
             **_text_of(config, site, card.id),
         ))  # fmt: skip
     return found
+
+
+def _spent(site: Site, device_id: str) -> float | None:
+    """Epsilon of a device's training, as its upload tells."""
+    path = site.folder / "uploads" / f"{device_id}.safetensors"
+    told = read_metadata(path).get("epsilon") if path.exists() else None
+    return float(told) if isinstance(told, float | int) else None
 
 
 def _text_of(config: RunConfig, site: Site, device_id: str) -> dict[str, Any]:
@@ -61,10 +69,15 @@ def budget_of(config: RunConfig, site: Site, devices: Sequence[DeviceRecord]) ->
     read = flops = 0
     asked = json.loads(path.read_text()) if (path := site.folder / ASKED).exists() else None
     for device in devices:
-        steps = steps_for(device.tokens, length, fleet.training, fleet.epochs, fleet.max_steps)
+        if fleet.privacy is None:
+            steps = steps_for(device.tokens, length, fleet.training, fleet.epochs, fleet.max_steps)
+            each_row = float(length)
+        else:  # a document a row, on average
+            steps = steps_for(device.documents, 1, fleet.training, fleet.epochs, fleet.max_steps)
+            each_row = min(length, device.tokens / max(1, device.documents))
         own = 0 if asked is None or device.id in asked else 1  # who was not asked for a model has not trained its own
         for training in found[device.architecture][own:]:
-            mine = round(steps * training.share * rows(fleet.training) * length)
+            mine = round(steps * training.share * rows(fleet.training) * each_row)
             each = 3 * memory.forward_flops_per_token(training.model)
             read, flops = read + mine, flops + (mine + training.public_rows * length) * each
     work = config.method.server_work(shapes_of(config))

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from deepfusion.errors import ConfigError
+from deepfusion.sharding import agreed, average_gradients, clip, divided, like, number, whole
 from deepfusion.types import Progress, State, silent
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -128,10 +129,12 @@ class Checkpoint:
     def save(self, step: int, parameters: Mapping[str, torch.Tensor], optimiser: torch.optim.Optimizer,
              history: list[dict[str, float]]) -> None:  # fmt: skip
         """Write parameters, AdamW's moments and the history so far, after `step` steps."""
-        tensors: State = {f"parameter/{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}
+        tensors: State = {f"parameter/{n}": whole(p.detach()).cpu().contiguous() for n, p in parameters.items()}
         for name, p in parameters.items():
             for key, value in optimiser.state[p].items():
-                tensors[f"{key}/{name}"] = value.detach().cpu().contiguous()
+                tensors[f"{key}/{name}"] = whole(value.detach()).cpu().contiguous()
+        if number():
+            return  # the first of several processes writes
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(f".{os.getpid()}.partial")
         save_file(tensors, partial, metadata={"step": str(step), "history": json.dumps(history)})
@@ -147,13 +150,13 @@ class Checkpoint:
         with safe_open(self.path, framework="pt") as file:
             metadata = file.metadata()
             for name, p in parameters.items():
-                p.copy_(file.get_tensor(f"parameter/{name}"))
+                p.copy_(like(file.get_tensor(f"parameter/{name}"), p))
             for key in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 kind, name = key.split("/", 1)
                 if kind != "parameter":
                     moment = file.get_tensor(key)
                     p = parameters[name]
-                    optimiser.state[p][kind] = moment if kind == "step" else moment.to(p.device)
+                    optimiser.state[p][kind] = moment if kind == "step" else like(moment, p)
         return int(metadata["step"]), json.loads(metadata["history"])
 
 
@@ -190,12 +193,12 @@ def fit(
     Raises:
         FloatingPointError: the gradient is not finite; names label and step.
     """
-    groups: dict[tuple[float, float], list[torch.Tensor]] = {}
+    groups: dict[tuple[float, float, bool], list[torch.Tensor]] = {}
     for name, p in parameters.items():
         decay = optimisation.weight_decay if p.ndim >= 2 else 0.0
-        groups.setdefault(((rates or {}).get(name, 1.0), decay), []).append(p)
+        groups.setdefault(((rates or {}).get(name, 1.0), decay, divided(p)), []).append(p)
     optimiser = torch.optim.AdamW(
-        [{"params": ps, "weight_decay": decay, "factor": factor} for (factor, decay), ps in groups.items()],
+        [{"params": ps, "weight_decay": decay, "factor": factor} for (factor, decay, _), ps in groups.items()],
         lr=optimisation.learning_rate, betas=optimisation.betas, fused=True,
     )  # fmt: skip
     done, history = checkpoint.load(parameters, optimiser) if checkpoint else (0, [])
@@ -207,7 +210,8 @@ def fit(
             group["lr"] = rate * group["factor"]
         optimiser.zero_grad(set_to_none=True)
         metrics = dict(backward(step))
-        norm = float(torch.nn.utils.clip_grad_norm_(list(parameters.values()), optimisation.clip))
+        average_gradients(parameters.values())
+        norm = clip(parameters.values(), optimisation.clip)
         if not math.isfinite(norm):
             raise FloatingPointError(f"{label}: gradient norm {norm} at step {step}; lower the learning rate")
         optimiser.step()
@@ -216,7 +220,7 @@ def fit(
         rate_note = f"{tokens_per_step / max(now - last_report, 1e-9):,.0f} tokens/s" if tokens_per_step else ""
         last_report = now
         progress(label, step + 1, steps, f"loss {metrics.get('loss', math.nan):.3f} {rate_note}")
-        if checkpoint and now - last_write >= checkpoint.every_seconds and step + 1 < steps:
+        if checkpoint and step + 1 < steps and agreed(now - last_write >= checkpoint.every_seconds):
             checkpoint.save(step + 1, parameters, optimiser, history)
             last_write = time.monotonic()
     return history

@@ -17,8 +17,7 @@ from flwr.app import Context
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 
-from deepfusion.app import PRELOAD, launch, serve
-from deepfusion.config import parse_config
+from deepfusion.app import PRELOAD, serve
 from deepfusion.errors import ConfigError, DiskError, FederationError
 from deepfusion.federation import spool
 from deepfusion.federation.ledger import Ledger, read_rows
@@ -29,29 +28,13 @@ from deepfusion.fleet.device_file import load_device
 from deepfusion.fleet.layout import Layout
 from deepfusion.run import open_folder
 from deepfusion.stages.embed import FrozenEncoder
-from fleet_world import IDS, Wires, failing, fleet_tree, make_fleet, result_bytes, serve_fleet, server_config
-from small_world import write_text
+from fleet_world import IDS, Wires, failing, make_fleet, result_bytes, serve_fleet, server_config
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("text")
-    write_text(root)
-    return root
-
-
-@pytest.fixture(scope="module")
-def local(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The results of the local run."""
-    folder = tmp_path_factory.mktemp("local") / "run"
-    launch(parse_config(fleet_tree(world)), folder)
-    return result_bytes(folder)
-
-
-@pytest.fixture(scope="module")
-def pristine(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Layout:
+def pristine(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Layout:
     """A fleet that has never run."""
-    return make_fleet(world, tmp_path_factory.mktemp("fleet") / "trial")
+    return make_fleet(root, tmp_path_factory.mktemp("fleet") / "trial")
 
 
 @pytest.fixture
@@ -115,8 +98,8 @@ def test_an_upload_that_is_lost_on_its_way_is_sent_again_without_training(
     wires, trained = Wires(layout), []
     work = job.Workshop.device
 
-    def counted(shop: job.Workshop) -> object:
-        device = work(shop)
+    def counted(shop: job.Workshop, request: job.Payload) -> object:
+        device = work(shop, request)
         trained.append(device.id)
         return device
 
@@ -309,9 +292,11 @@ def test_a_request_that_takes_too_long_is_ended_by_the_device(layout: Layout) ->
     path.write_text(path.read_text().replace("hours = 24.0", "hours = 0.002"))
     config = server_config(layout, "devices.epochs=1e6", "devices.max_steps=100000000")
     config = replace(config, devices=replace(config.devices, named=config.devices.named[:1]))
-    folder = open_folder(config, layout.server / "run", resume=False)
     node = {"device": str(path)}
-    with LocalGrid("deepfusion.app:client_app", ["device-000"], node_config=node, preload=PRELOAD) as grid:
+    with (
+        open_folder(config, layout.server / "run", resume=False) as folder,
+        LocalGrid("deepfusion.app:client_app", ["device-000"], node_config=node, preload=PRELOAD) as grid,
+    ):
         server, failures = ServerApp(), {}
 
         @server.main()
@@ -324,4 +309,4 @@ def test_a_request_that_takes_too_long_is_ended_by_the_device(layout: Layout) ->
 
         with pytest.raises(FederationError, match="none of 1 devices answered"):
             grid.serve(server)
-    assert "its process ended with exit code 1 before it answered" in failures["device-000"]
+    assert "ended by SIGALRM before it answered; it had taken all of the [limits] hours" in failures["device-000"]

@@ -272,7 +272,7 @@ def exchange(run: tuple[Path, Record]) -> tuple[Device, Payload, Payload]:
     assert isinstance(method, HFedMoE)
     model = models.load(sent)
     request = method._request(
-        site, [], card, method.means(site)[card.id], model.config, pieces_of(sent), [sent], {}, {}
+        site, [], card, method.means(site)[card.id], model.config, pieces_of(sent), [sent], {}, {}, Everything()
     )  # pyright: ignore[reportPrivateUsage]
     request = replace(request, metadata={**request.metadata, "architecture": "qwen2_moe", "init_id": "x"})
     device = replace(make_device(config, RunFolder(run[0]), card), scratch=None)

@@ -22,23 +22,16 @@ from deepfusion.app import launch
 from deepfusion.config import parse_config
 from deepfusion.errors import ConfigError, MemoryLimitError, ResumeError
 from deepfusion.record import Record
-from small_world import small_tree, write_text
+from small_world import small_tree
 
 RESULTS = ("uploads", "proxies", "experts", "merged", "moe", "reference/moe")
 """What must be the same bytes in every run of one configuration."""
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("text")
-    write_text(root)
-    return root
-
-
-@pytest.fixture(scope="module")
-def run(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Record]:
+def run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Record]:
     folder = tmp_path_factory.mktemp("runs") / "small"
-    record = launch(parse_config(small_tree(world)), folder)
+    record = launch(parse_config(small_tree(root)), folder)
     assert record is not None
     return folder, record
 
@@ -113,17 +106,17 @@ def test_unlike_domains_are_found(run: tuple[Path, Record]) -> None:
     assert agree / len(pairs) >= 0.8
 
 
-def test_a_finished_run_is_not_done_again(run: tuple[Path, Record], world: Path) -> None:
+def test_a_finished_run_is_not_done_again(run: tuple[Path, Record], root: Path) -> None:
     folder, record = run
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
-    again = launch(parse_config(small_tree(world)), folder, resume=True)
+    again = launch(parse_config(small_tree(root)), folder, resume=True)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == before
     assert again is not None
     assert (again.metrics, again.baselines, again.ledger) == (record.metrics, record.baselines, record.ledger)
 
 
-def test_only_what_depends_on_a_change_is_done_again(world: Path, tmp_path: Path) -> None:
-    first = small_tree(world, evaluate=dict.fromkeys(("public_only", "devices", "proxies", "students"), False))
+def test_only_what_depends_on_a_change_is_done_again(root: Path, tmp_path: Path) -> None:
+    first = small_tree(root, evaluate=dict.fromkeys(("public_only", "devices", "proxies", "students"), False))
     launch(parse_config(first), tmp_path / "run")
     before = {part: digests_of(tmp_path / "run" / part) for part in ("uploads", "experts", "moe")}
     launch(parse_config({**first, "tune": {"steps": 5}}), tmp_path / "run", resume=True)
@@ -140,8 +133,8 @@ def digests_of(folder: Path) -> dict[str, tuple[int, str]]:
     }
 
 
-def test_processes_and_one_process_give_the_same_bytes(run: tuple[Path, Record], world: Path, tmp_path: Path) -> None:
-    process = in_a_process_of_its_own(small_tree(world, federation={"engine": "forkserver"}), tmp_path / "run")
+def test_processes_and_one_process_give_the_same_bytes(run: tuple[Path, Record], root: Path, tmp_path: Path) -> None:
+    process = in_a_process_of_its_own(small_tree(root, federation={"engine": "forkserver"}), tmp_path / "run")
     out, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors.decode()
     assert json.loads(out)["metrics"]["tokens"] > 0
@@ -158,9 +151,9 @@ def test_processes_and_one_process_give_the_same_bytes(run: tuple[Path, Record],
     {"cluster": {"type": "kmeans", "num_clusters": 4, "groups": "pure"}, "tune": {"steps": 2, "experts": "freeze", "beta": 0.0}},
     {"embed": {"type": "probe", "documents": 16}},
 ], ids=["paper", "deepseek-v2", "deepseek-v3", "split", "generated", "warm-start", "pure", "probe"])  # fmt: skip
-def test_every_way_ends_in_a_checked_checkpoint(changes: dict[str, Any], world: Path, tmp_path: Path) -> None:
+def test_every_way_ends_in_a_checked_checkpoint(changes: dict[str, Any], root: Path, tmp_path: Path) -> None:
     quick = dict.fromkeys(("devices", "proxies", "students"), False)
-    record = launch(parse_config(small_tree(world, evaluate=quick, **changes)), tmp_path / "run")
+    record = launch(parse_config(small_tree(root, evaluate=quick, **changes)), tmp_path / "run")
     assert record is not None
     assert record.merge_check is not None
     assert record.merge_check <= 1e-4
@@ -170,8 +163,8 @@ def test_every_way_ends_in_a_checked_checkpoint(changes: dict[str, Any], world: 
         assert record.ledger.init_bytes > record.ledger.download_bytes == 0
 
 
-def test_a_device_with_its_own_files_takes_part(world: Path, tmp_path: Path) -> None:
-    tree = small_tree(world)
+def test_a_device_with_its_own_files_takes_part(root: Path, tmp_path: Path) -> None:
+    tree = small_tree(root)
     tree["devices"]["named"] = [
         {"id": "clinic-a", "model": "gpt2", "files": ["garden/private.jsonl"], "domain": "garden"}
     ]
@@ -182,8 +175,8 @@ def test_a_device_with_its_own_files_takes_part(world: Path, tmp_path: Path) -> 
     assert set(own.domains) == {"garden"}
 
 
-def test_until_stops_and_resume_goes_on(run: tuple[Path, Record], world: Path, tmp_path: Path) -> None:
-    config = parse_config(small_tree(world))
+def test_until_stops_and_resume_goes_on(run: tuple[Path, Record], root: Path, tmp_path: Path) -> None:
+    config = parse_config(small_tree(root))
     assert launch(config, tmp_path / "run", until="clusters") is None
     assert (tmp_path / "run" / "clusters.json").exists()
     assert not (tmp_path / "run" / "moe").exists()
@@ -193,22 +186,22 @@ def test_until_stops_and_resume_goes_on(run: tuple[Path, Record], world: Path, t
     assert digests(tmp_path / "run") == digests(run[0])
 
 
-def test_an_unknown_stage_is_named_with_those_there_are(world: Path, tmp_path: Path) -> None:
+def test_an_unknown_stage_is_named_with_those_there_are(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--until clustrs: no such stage; choose one of .*clusters"):
-        launch(parse_config(small_tree(world)), tmp_path / "run", until="clustrs")
+        launch(parse_config(small_tree(root)), tmp_path / "run", until="clustrs")
 
 
-def test_a_device_that_cannot_hold_its_training_is_refused_before_any(world: Path, tmp_path: Path) -> None:
-    tree = small_tree(world)
+def test_a_device_that_cannot_hold_its_training_is_refused_before_any(root: Path, tmp_path: Path) -> None:
+    tree = small_tree(root)
     tree["devices"]["memory_limit_gib"] = 0.001
     with pytest.raises(MemoryLimitError, match=r"device-000 .* needs .* of .*"):
         launch(parse_config(tree), tmp_path / "run")
     assert not (tmp_path / "run" / "uploads").exists()
 
 
-def killed_and_resumed(world: Path, folder: Path, kills: int, seed: int) -> None:
+def killed_and_resumed(root: Path, folder: Path, kills: int, seed: int) -> None:
     """Run, `kill -9` the whole process group at random moments, resume; the last attempt may finish."""
-    tree, rng = small_tree(world, federation={"engine": "forkserver"}), random.Random(seed)
+    tree, rng = small_tree(root, federation={"engine": "forkserver"}), random.Random(seed)
     for _ in range(kills):
         process = in_a_process_of_its_own(tree, folder, "--resume")
         deadline = time.monotonic() + rng.uniform(2.0, 16.0)
@@ -222,14 +215,14 @@ def killed_and_resumed(world: Path, folder: Path, kills: int, seed: int) -> None
     assert process.returncode == 0, errors.decode()
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(run: tuple[Path, Record], world: Path, tmp_path: Path) -> None:
-    killed_and_resumed(world, tmp_path / "run", kills=1, seed=1)
+def test_a_killed_run_goes_on_to_the_same_bytes(run: tuple[Path, Record], root: Path, tmp_path: Path) -> None:
+    killed_and_resumed(root, tmp_path / "run", kills=1, seed=1)
     assert digests(tmp_path / "run") == digests(run[0])
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments_change_nothing(run: tuple[Path, Record], world: Path, tmp_path: Path) -> None:
-    killed_and_resumed(world, tmp_path / "run", kills=20, seed=2)
+def test_twenty_kills_at_random_moments_change_nothing(run: tuple[Path, Record], root: Path, tmp_path: Path) -> None:
+    killed_and_resumed(root, tmp_path / "run", kills=20, seed=2)
     assert digests(tmp_path / "run") == digests(run[0])
 
 

@@ -7,12 +7,17 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from domains_world import COMMON, corpus_of, documents, public_text
+from scipy.stats import norm
 
+from deepfusion.devices.noise import Noise
+from deepfusion.errors import UploadError
 from deepfusion.stages.cluster import KMeans, similarity, similarity_margin
 from deepfusion.stages.embed import HashedTfidf, embeddings
 from deepfusion.stages.embed.base import projection
@@ -28,7 +33,7 @@ def published() -> State:
 
 
 def embed_texts(texts: list[str], published: State, embedding: HashedTfidf | None = None, noise: int = 0) -> np.ndarray:
-    return (embedding or HashedTfidf()).embed(corpus_of(texts), published, 0, noise_seed=noise)
+    return (embedding or HashedTfidf()).embed(corpus_of(texts), published, 0, noise=Noise(bytes([noise] * 32)))
 
 
 def fleet(published: State, seed: int, topical: float = 0.2) -> np.ndarray:
@@ -85,8 +90,9 @@ def test_pythons_hash_salt_does_not_change_a_bit(published: State) -> None:
         "import sys; sys.path.insert(0, 'tests/unit')\n"
         "from domains_world import corpus_of, documents, public_text\n"
         "from deepfusion.stages.embed.tfidf import HashedTfidf\n"
+        "from deepfusion.devices.noise import Noise\n"
         "e = HashedTfidf(); p = e.publish(public_text(4), 0)\n"
-        "print(e.embed(corpus_of(documents(0, 5, 0)), p, 0, noise_seed=0).tobytes().hex())"
+        "print(e.embed(corpus_of(documents(0, 5, 0)), p, 0, Noise(bytes(32))).tobytes().hex())"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "4242"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -170,7 +176,7 @@ def test_privacy_noise_has_the_deviation_of_the_gaussian_mechanism(published: St
     embedding = HashedTfidf(epsilon=0.5, delta=1e-5, clip=1.5)
     rows_UD = np.random.default_rng(0).normal(size=(100, 64))
     rows_UD *= 4 / np.linalg.norm(rows_UD, axis=1, keepdims=True)
-    noisy = np.stack([embedding._private_mean(rows_UD, 0.5, seed) for seed in range(300)])
+    noisy = np.stack([embedding._private_mean(rows_UD, 0.5, Noise(seed.to_bytes(32, "big"))) for seed in range(300)])
     clipped_D = (rows_UD * 1.5 / 4).mean(0)
     expected = 2 * 1.5 / 100 * math.sqrt(2 * math.log(1.25 / 1e-5)) / 0.5
     assert (noisy - clipped_D).std() == pytest.approx(expected, rel=0.02)
@@ -192,6 +198,58 @@ def test_common_words_alone_say_nothing_of_any_domain(published: State) -> None:
     vector_D = embed_texts([" ".join(COMMON)], published)
     centroids_KD = np.stack([embed_texts(documents(topic, 60, 1), published) for topic in range(TOPICS)])
     assert np.abs(centroids_KD @ vector_D).max() < 0.5
+
+
+@pytest.mark.parametrize("epsilon", [0.05, 0.5, 1.0])
+@pytest.mark.parametrize("delta", [1e-9, 1e-5, 0.1])
+def test_the_gaussian_mechanisms_noise_suffices_for_its_epsilon_and_delta(epsilon: float, delta: float) -> None:
+    """By the exact curve of a Gaussian (Balle and Wang 2018, theorem 8), for a sensitivity of one."""
+    deviation = math.sqrt(2 * math.log(1.25 / delta)) / epsilon
+    upper, lower = 0.5 / deviation - epsilon * deviation, -0.5 / deviation - epsilon * deviation
+    assert norm.cdf(upper) - math.exp(epsilon) * norm.cdf(lower) <= delta
+
+
+def test_another_document_moves_the_mean_by_no_more_than_the_noise_is_made_for(published: State) -> None:
+    """The sensitivity 2 C / U when one document is replaced, however the documents look and whatever the server's mean is."""
+    embedding, idf = HashedTfidf(epsilon=1.0, clip=0.5), published["idf"]
+    mean = torch.nn.functional.normalize(torch.ones_like(idf).float(), dim=0) * 0.999
+    silent = type("Silent", (Noise,), {"stream": lambda self, number: SimpleNamespace(normal=torch.zeros)})(b"")
+    found: list[np.ndarray] = []
+    for texts in (["topic0x1 topic0x2", "", "common3"], ["topic0x1 topic0x2", "topic1x1 topic1x4", "common3"]):
+        rows: list[np.ndarray] = []
+        for text in texts:
+            x = next(embedding._weighted(corpus_of([text]), idf.double().numpy())) @ projection(2**15, 64, 0)
+            rows.append(x[0] - mean.double().numpy() @ projection(2**15, 64, 0))
+        found.append(embedding._private_mean(np.stack(rows), 1.0, silent))
+    assert 0 < np.linalg.norm(found[0] - found[1]) <= 2 * 0.5 / 3
+
+
+LYING: dict[str, Callable[[State], State]] = {
+    r'published "idf" is none': lambda p: {"mean": p["mean"]},
+    r'published "mean" is torch.float16 \[3\]': lambda p: {**p, "mean": p["mean"][:3]},
+    r'published "idf" is torch.int64': lambda p: {**p, "idf": p["idf"].long()},
+    r'published "idf" is not finite': lambda p: {**p, "idf": p["idf"] * math.nan},
+    r"published idf from -1 to 6": lambda p: {**p, "idf": p["idf"].index_fill(0, torch.tensor([7]), -1.0)},
+    r"published idf from 0 to 6": lambda p: {**p, "idf": p["idf"].index_fill(0, torch.tensor([7]), 0.0)},
+    r"published idf from 6.* to 100, possible are 1 to 23.18": lambda p: {**p, "idf": torch.full_like(p["idf"], 6.0)
+                                                                         .index_fill(0, torch.tensor([7]), 100.0)},
+    r"weighs a word 20 times as much as the median one, allowed are 3": lambda p: {
+        **p, "idf": torch.ones_like(p["idf"]).index_fill(0, torch.tensor([7]), 20.0)},
+    r"the mean of its documents has length 2, at most 1": lambda p: {
+        **p, "mean": torch.zeros_like(p["mean"]).index_fill(0, torch.tensor([7]), 2.0)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", LYING)
+def test_statistics_that_no_public_text_has_are_refused(published: State, said: str) -> None:
+    with pytest.raises(UploadError, match=f"server: .*{said}"):
+        embed_texts(documents(0, 5, 0), LYING[said](published))
+
+
+def test_too_large_a_projection_is_named_with_the_dimension_that_fits() -> None:
+    assert list(HashedTfidf(dimension=64, hash_bits=22).faults()) == []
+    (fault,) = HashedTfidf(dimension=16384, hash_bits=15).faults()
+    assert fault == "dimension = 16384: too large for hash_bits = 15; choose 8192 at most"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from federation_apps import GARBAGE_ROUND
 from flwr.app import Array, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from deepfusion.errors import FederationError
+from deepfusion.errors import DeepFusionError, FederationError
 from deepfusion.federation.door import Door
 from deepfusion.federation.engines import ForkServer
 from deepfusion.federation.ledger import Ledger
@@ -110,7 +110,7 @@ def test_engines_give_the_same_bytes_for_a_training(grids: dict[Engine, LocalGri
 @pytest.mark.skipif(find_spec("ray") is not None, reason="Ray is there")
 def test_an_engine_that_is_not_installed_is_told_with_its_cure() -> None:
     with pytest.raises(
-        FederationError, match=r'engine = "ray": Ray is not installed; run: pip install "deepfusion-moe\[ray\]"'
+        DeepFusionError, match=r'engine = "ray": Ray is not installed; run: pip install "deepfusion-moe\[ray\]"'
     ):
         LocalGrid(APP, IDS, engine="ray")
 

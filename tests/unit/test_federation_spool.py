@@ -10,7 +10,7 @@ import torch
 
 from deepfusion.errors import FederationError, UploadError
 from deepfusion.federation.payload import encode
-from deepfusion.federation.spool import Spool, collect
+from deepfusion.federation.spool import KEYS, Spool, collect
 from deepfusion.types import Payload
 
 REQUESTS = {f"d{i}": Payload("init") for i in range(4)}
@@ -67,10 +67,17 @@ def test_a_damaged_or_outdated_upload_is_asked_again(tmp_path: Path) -> None:
     assert again.asked == ["d1", "d2"]
 
 
-def test_a_spool_of_other_options_is_emptied(tmp_path: Path) -> None:
-    collect(Devices(), REQUESTS, Spool(tmp_path / "s", key="one"))
-    assert len(Spool(tmp_path / "s", key="one").have()) == 4
-    assert Spool(tmp_path / "s", key="two").have() == []
+def test_what_arrived_under_another_key_or_from_a_device_that_is_gone_is_thrown_away_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    keys = dict.fromkeys(REQUESTS, "one")
+    collect(Devices(), REQUESTS, Spool(tmp_path / "s", keys))
+    assert Spool(tmp_path / "s", keys).have() == ["d0", "d1", "d2", "d3"]
+    assert Spool(tmp_path / "s", {**keys, "d1": "two", "d9": "one"}).have() == ["d0", "d2", "d3"]
+    del keys["d2"]
+    assert Spool(tmp_path / "s", keys).have() == ["d0", "d3"]  # nor is d1 back under its first key
+    (tmp_path / "s" / KEYS).unlink()
+    assert Spool(tmp_path / "s", keys).have() == []
 
 
 def test_a_refused_upload_is_noted_and_costs_its_device_only(tmp_path: Path) -> None:

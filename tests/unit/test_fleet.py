@@ -19,11 +19,13 @@ from rich.console import Console
 
 from deepfusion.config import parse_config
 from deepfusion.errors import ConfigError, FederationError, ResumeError
+from deepfusion.federation.admission import admit
 from deepfusion.federation.apart import PulledApart
 from deepfusion.federation.roll import ROLL, Roll
 from deepfusion.fleet import commands
-from deepfusion.fleet.credentials import write_certificates
+from deepfusion.fleet.credentials import write_certificates, write_node_key
 from deepfusion.fleet.device_file import load_device
+from deepfusion.fleet.faults import When
 from deepfusion.fleet.layout import init_fleet
 from deepfusion.fleet.server_file import open_server
 from deepfusion.fleet.status import DeviceStatus, FleetStatus, fleet_status, status_table
@@ -94,6 +96,9 @@ def test_what_init_writes_is_a_fleet_with_secrets_for_their_owners_alone(tmp_pat
     units = {path.name: path.read_text() for path in (layout.folder / "units").iterdir()}
     assert len(units) == 5
     assert all("Restart=always" in text for name, text in units.items() if "node" in name or "superlink" in name)
+    assert all("RestartPreventExitStatus=2 78\n" in text for text in units.values())
+    assert "StartLimitIntervalSec=86400\nStartLimitBurst=20\n\n[Service]" in units["deepfusion-run.service"]
+    assert "StartLimitIntervalSec=0\n\n[Service]" in units["deepfusion-node-device-001.service"]  # it never gives up
     readme = (layout.folder / "README.md").read_text()
     assert f"deepfusion fleet node {layout.device('device-001')}/device.toml" in readme
     with pytest.raises(ConfigError, match="is not empty; choose a new folder"):
@@ -126,6 +131,32 @@ def test_the_certificate_is_made_out_to_the_server_and_to_loopback(tmp_path: Pat
     assert set(names.get_values_for_type(x509.DNSName)) == {"fusion.example", "localhost"}
     assert {str(address) for address in names.get_values_for_type(x509.IPAddress)} == {"127.0.0.1", "::1"}
     server.verify_directly_issued_by(ca)
+
+
+def test_keys_that_flower_cannot_use_are_all_named_before_anybody_is_called(tmp_path: Path) -> None:
+    write_node_key(tmp_path / "a", tmp_path / "a.pub")
+    (tmp_path / "b.pub").write_bytes((tmp_path / "a.pub").read_bytes())
+    (tmp_path / "c.pub").write_text("ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGVtcHR5ZW1wdHllbXB0eWVtcHR5ZW1wdHllbXB0 x")
+    (tmp_path / "d.pub").write_text("no key")
+    with pytest.raises(ConfigError) as caught:
+        admit("localhost:1", tmp_path / "ca.crt", {name: tmp_path / f"{name}.pub" for name in "abcd"})
+    same, other, none = caught.value.faults
+    assert "b.pub: the same key as a's; let each device make its own" in same
+    assert "c.pub: not a key for Flower" in other
+    assert "d.pub: not a key for Flower" in none
+    assert "ssh-keygen -t ecdsa -b 384" in none
+
+
+def test_a_fault_counts_only_where_it_has_been_done_to_something() -> None:
+    done, vain, late = (
+        When(lambda: True, lambda: None),
+        When(lambda: True, lambda: False),
+        When(lambda: True, print, 1e6),
+    )
+    with late.watching(), vain.watching(), done.watching():
+        while not done.done:
+            time.sleep(0.01)
+    assert (done.done, vain.done, late.done) == (True, False, False)
 
 
 def reply_to(message_id: str) -> SimpleNamespace:
@@ -206,7 +237,7 @@ def test_what_a_device_says_of_its_failure_steers_no_terminal() -> None:
 def test_the_status_is_what_the_server_last_saw(tmp_path: Path) -> None:
     with pytest.raises(ResumeError, match="no fleet has run here"):
         fleet_status(tmp_path)
-    roll = Roll(tmp_path / ROLL, {"a": 1, "b": 2, "c": 3, "d": 4})
+    roll = Roll(tmp_path / ROLL, lambda: {"a": 1, "b": 2, "c": 3, "d": 4})
     roll.look([1, 2])
     roll.tell("a", "answered", "")
     roll.tell("b", "failed", "it broke\nand more")

@@ -44,7 +44,7 @@ def moe(world: World) -> Path:
 
 
 def run(world: World, out: Path, *, teachers: Any = None, domains: int = 2, **changes: Any) -> list[dict[str, float]]:
-    keywords = {k: changes.pop(k) for k in ("scratch", "progress") if k in changes}
+    keywords = {k: changes.pop(k) for k in ("scratch", "progress", "shards") if k in changes}
     options = TuneOptions(**{"steps": 3, "optimisation": FAST, **changes})
     return tune(
         moe(world), world.teachers[:domains] if teachers is None else teachers, [Rows(k) for k in range(domains)],
@@ -200,3 +200,17 @@ def test_the_balance_loss_reaches_the_router(world: World) -> None:
 def test_impossible_options_are_faults_with_a_cure(changes: dict[str, Any], fault: str) -> None:
     (text,) = TuneOptions(**changes).faults()
     assert text.startswith(fault)
+
+
+def test_a_model_divided_over_two_processes_is_tuned_as_if_it_were_not(world: World, tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    options = {"steps": 4, "optimisation": replace(FAST, batch_size=2, accumulate=2), "experts": "train"}
+    alone = run(world, tmp_path / "alone", **options)
+    divided = run(world, tmp_path / "divided", shards=2, progress=lambda *said: told.append(said[:3]), **options)
+    assert told[-1] == ("tune", 4, 4)
+    assert [row["step"] for row in divided] == [0, 1, 2, 3]
+    for one, other in zip(alone, divided, strict=True):
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-6)
+    before, after = load(tmp_path / "alone"), load(tmp_path / "divided")
+    for name, parameter in before.named_parameters():
+        torch.testing.assert_close(after.get_parameter(name), parameter, rtol=0, atol=2e-4, msg=name)

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from rich.live import Live
 
-from deepfusion.cli.shared import AsJson, Overrides, Seed, app, err, examples, out, show
+from deepfusion.cli.shared import AsJson, Overrides, Seed, app, err, examples, out, show, show_run
 
 fleet = typer.Typer(help="A fleet of real machines: SuperLink, SuperNodes, TLS, registered keys.", no_args_is_help=True)
 app.add_typer(fleet, name="fleet")
@@ -64,7 +64,8 @@ def up(
 ) -> None:
     """Start SuperLink and SuperNodes on this machine, run the fleet, and end everything that was started."""
     from deepfusion.fleet.layout import Layout
-    from deepfusion.fleet.supervise import fleet_on_this_machine, run_here
+    from deepfusion.fleet.running import run_here
+    from deepfusion.fleet.supervise import fleet_on_this_machine
 
     for ended in (signal.SIGTERM, signal.SIGHUP):  # what was started is ended then, too
         signal.signal(ended, lambda number, _: sys.exit(128 + number))
@@ -108,14 +109,14 @@ def node(device: Annotated[Path, typer.Argument(help="The device's own TOML file
 
 @fleet.command(epilog=examples("deepfusion fleet run trial/server", "deepfusion fleet run trial/server --resume"))
 def run(server: ServerFolder, until: Until = None, resume: Resume = False, as_json: AsJson = False) -> None:
-    """Run the job on a SuperLink that is there, and wait for its end."""
+    """Run the job on a SuperLink that is there, and wait for its end; also for that of a server that is at work already."""
+    from deepfusion.fleet.running import run_on
     from deepfusion.fleet.server_file import open_server
-    from deepfusion.fleet.supervise import run_on
 
     opened = open_server(server)
     folder = opened.path(opened.file.run)
     with _watch(folder, as_json) as tick:
-        run_on(opened, resume=resume, until=until, tick=tick)
+        run_on(opened, resume=resume, until=until, tick=tick, note=err.print)
     _show_run(folder, as_json)
 
 
@@ -173,15 +174,8 @@ def _become(arguments: list[str], environment: dict[str, str]) -> None:
 
 def _show_run(run: Path, as_json: bool) -> None:
     from deepfusion.record import Record
-    from deepfusion.report.table import summary_table
 
     if not (run / "record.json").exists():
         show({"run": str(run)}, as_json, f"Stopped; go on with --resume. Run folder: [bold]{run}[/bold]")
         return
-    record = Record.load(run / "record.json")
-    if as_json:
-        sys.stdout.write(record.model_dump_json(indent=2) + "\n")
-        return
-    out.print(summary_table([record]))
-    out.print(f"Model   [bold]{run / 'moe'}[/bold]   (opens with AutoModelForCausalLM.from_pretrained)")
-    out.print(f"Report  [bold]{run / 'report.html'}[/bold]")
+    show_run(Record.load(run / "record.json"), run, as_json)

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from deepfusion.cli.shared import AsJson, ConfigPath, Overrides, Seed, app, err, escape, examples, out, show
+from deepfusion.cli.shared import AsJson, ConfigPath, Overrides, Seed, app, err, escape, examples, out, show, show_run
 
 
 @app.command(
@@ -39,7 +39,6 @@ def run(
     from deepfusion.app import launch
     from deepfusion.config import load_config
     from deepfusion.progress import bars
-    from deepfusion.report.table import summary_table
 
     settings = load_config(config, overrides or [], seed=seed)
     folder = out_dir or Path("runs") / f"{settings.name}-seed{settings.seed}"
@@ -48,13 +47,7 @@ def run(
     if record is None:
         show({"run": str(folder), "until": until}, as_json, f"Stopped after [bold]{until}[/bold]; go on with --resume.")
         return
-    if as_json:
-        sys.stdout.write(record.model_dump_json(indent=2) + "\n")
-        return
-    out.print(summary_table([record]))
-    out.print(f"Model   [bold]{folder / 'moe'}[/bold]   (opens with AutoModelForCausalLM.from_pretrained)")
-    out.print(f"Report  [bold]{folder / 'report.html'}[/bold]")
-    out.print(f"Record  {folder / 'record.json'}")
+    show_run(record, folder, as_json)
 
 
 @app.command(epilog=examples("deepfusion plan configs/benchmark.toml", "deepfusion plan configs/medical.toml --json"))
@@ -130,6 +123,34 @@ def report(
         return
     out.print(summary_table(records))
     out.print(f"Report  [bold]{out_file}[/bold]")
+
+
+@app.command(
+    epilog=examples(
+        "deepfusion audit runs/quickstart-seed0", "deepfusion audit runs/b0 --documents 2000 --seed 1 --json"
+    )
+)
+def audit(
+    run: Annotated[
+        Path, typer.Argument(help="A finished run folder, on the machine that has its text.", metavar="RUN")
+    ],
+    documents: Annotated[
+        int, typer.Option(help="Documents of each side at most, for one model.", min=10, max=20_000)
+    ] = 500,
+    seed: Annotated[int, typer.Option(help="Seed of the documents' draw.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Attack a run's models: can one tell from them which documents the devices trained on (membership inference)?"""
+    from deepfusion.audit import audit_run, audit_table
+    from deepfusion.progress import bars
+
+    with bars(err) as progress:
+        found = audit_run(run, most=documents, seed=seed, progress=progress)
+    if as_json:
+        sys.stdout.write(found.model_dump_json(indent=2) + "\n")
+        return
+    out.print(audit_table(found))
+    out.print(f"Data    {run / 'audit.json'}")
 
 
 @app.command("list", epilog=examples("deepfusion list", "deepfusion list --json"))

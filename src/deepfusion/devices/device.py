@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from deepfusion.devices.privacy import PrivacyOptions
+from deepfusion.devices.releases import Releases
 from deepfusion.training import Optimisation
 from deepfusion.types import Corpus, ModelSpec
 
@@ -21,10 +23,12 @@ class Device:
         tokenizer: folder of the run's tokenizer.
         sequence_length: tokens of a training sequence.
         training: how it optimises.
+        privacy: how much a document's privacy loses by its training; None for a plain training.
         epochs: how often it reads its text.
         max_steps: most optimiser steps, None for no limit.
         memory_limit_bytes: None when it stated no limit.
-        seed: its own seed, derived from the run's seed and its id.
+        seed: its own seed, derived from the run's seed and its id: the server knows it.
+        releases: decides what of its text may leave it, and has the noise for that.
         scratch: a folder of its own for checkpoints, or None to keep none.
     """
 
@@ -34,8 +38,10 @@ class Device:
     tokenizer: Path
     sequence_length: int
     training: Optimisation
+    privacy: PrivacyOptions | None
     epochs: float
     max_steps: int | None
     memory_limit_bytes: int | None
     seed: int
+    releases: Releases
     scratch: Path | None = None

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from deepfusion.devices.presets import PRESETS
+from deepfusion.devices.privacy import PrivacyOptions
 from deepfusion.registry import did_you_mean
 from deepfusion.training import Optimisation, derive_seed
 from deepfusion.types import ModelSpec
@@ -64,6 +65,7 @@ class FleetOptions:
         max_steps: most optimiser steps of a device.
         threads: CPU threads of one device's training; a fixed number, so that every engine gives the same bytes.
         training: [devices.training] how devices optimise.
+        privacy: [devices.privacy] devices train with differential privacy; left out, they do not.
     """
 
     count: int
@@ -77,6 +79,7 @@ class FleetOptions:
     max_steps: int | None = None
     threads: int = 1
     training: Optimisation = field(default_factory=Optimisation)
+    privacy: PrivacyOptions | None = None
 
     def faults(self) -> Iterator[str]:
         """What is wrong with the values, and the cure."""

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 from flwr.app import Message
@@ -31,6 +32,7 @@ TRANSPORT_ERRORS = {
 """What another attempt may mend. An exception in the client's code would only be raised again."""
 
 _POLL = 0.2
+_LONGEST_PAUSE = 300.0
 _LONGEST = 2000
 """Characters of what a device says of its failure that are kept."""
 
@@ -84,6 +86,7 @@ class Door:
         timeout: float | None = None,
         deadline: float | None = None,
         in_flight: int | None = None,
+        look_up: Callable[[], Mapping[str, int]] | None = None,
         job: Callable[[str], Payload] | None = None,
         tell: Tell = lambda device_id, state, reason: None,
         progress: Progress = silent,
@@ -100,14 +103,16 @@ class Door:
             deadline: seconds after which a call waits for nobody any more, not even for those that never were online.
             in_flight: most messages that are out at the same time, None for one to every device at once. On a local
                 grid its `in_flight`, so that memory does not grow with the number of devices.
+            look_up: asked for the node ids at every turn: on a fleet they change while a call goes on.
+                A device that is not among them is shut out, and waited for no longer.
             job: what a device needs before it can answer anything; goes along with its first request.
             tell: told what becomes of each device.
             progress: told of every device that has answered or failed.
         """
         self._grid, self._nodes, self._ledger = grid, dict(nodes), ledger
         self._retries, self._timeout, self._deadline = retries, timeout, deadline if deadline is not None else timeout
-        self._job, self._tell, self._progress = job, tell, progress
-        self._in_flight = in_flight if in_flight is not None else max(1, len(self._nodes))
+        self._look_up, self._job, self._tell, self._progress = look_up, job, tell, progress
+        self._in_flight = float("inf") if in_flight is None else in_flight
         self._has_job: set[str] = set()
         self.failures: dict[str, str] = {}
 
@@ -120,7 +125,7 @@ class Door:
             FederationError: a device is not connected, or every device failed (with what the first one said).
         """
         strangers = sorted(requests.keys() - self._nodes.keys())
-        if strangers:
+        if strangers and self._look_up is None:
             raise FederationError(
                 f"devices {', '.join(strangers[:5])} are not connected ({len(self._nodes)} others are); "
                 "start them, or take them out of the configuration"
@@ -129,20 +134,23 @@ class Door:
 
     def _exchange(self, requests: Mapping[str, Payload]) -> Iterator[tuple[str, Payload]]:
         waiting = deque(requests)
-        attempts = dict.fromkeys(requests, 0)
+        attempts, not_before = dict.fromkeys(requests, 0), dict.fromkeys(requests, 0.0)
         sent: dict[str, _Sent] = {}
         failed: list[str] = []
         answered, closes = 0, _after(self._deadline)
         while waiting or sent:
-            self._send_to_those_there(waiting, sent, requests)
+            gone = self._shut_out(waiting, sent)
+            ready = {device_id for device_id in waiting if time.monotonic() >= not_before[device_id]}
+            self._send_to_those_there(waiting, ready, sent, requests)
             arrivals = self._receive(sent) if time.monotonic() < closes else self._close(waiting, sent)
-            for device_id, outcome in arrivals:
+            for device_id, outcome in chain(gone, arrivals):
                 if isinstance(outcome, Payload):
                     answered += 1
                     self.failures.pop(device_id, None)
                     self._tell(device_id, "answered", "")
                 elif self._can_be_mended(outcome, attempts[device_id]):
                     attempts[device_id] += 1
+                    not_before[device_id] = time.monotonic() + self._pause(attempts[device_id])
                     waiting.append(device_id)
                     self._tell(device_id, "waiting", outcome.reason)
                     continue
@@ -166,16 +174,35 @@ class Door:
         comes_back = self._timeout is not None and failure.code != ErrorCode.CLIENT_APP_CRASHED
         return comes_back or attempts < self._retries
 
+    def _pause(self, attempts: int) -> float:
+        """Seconds until a device is asked again: none at first, then more each time that its connection breaks."""
+        return min(2.0 ** (attempts - 1), _LONGEST_PAUSE) if self._timeout is not None and attempts > 1 else 0.0
+
+    def _shut_out(self, waiting: deque[str], sent: dict[str, _Sent]) -> list[tuple[str, _Failure]]:
+        """Look up the node ids anew, and give up those that have none any more."""
+        if self._look_up is None:
+            return []
+        self._nodes = dict(self._look_up())
+        asked = {message.device_id: message_id for message_id, message in sent.items()}
+        gone = [device_id for device_id in (*waiting, *asked) if device_id not in self._nodes]
+        for device_id in gone:
+            if device_id in asked:
+                del sent[asked[device_id]]
+            else:
+                waiting.remove(device_id)
+        reason = "its key is not registered; put it among the keys, and then: deepfusion fleet register, and --resume"
+        return [(device_id, _Failure(reason)) for device_id in gone]
+
     def _send_to_those_there(
-        self, waiting: deque[str], sent: dict[str, _Sent], requests: Mapping[str, Payload]
+        self, waiting: deque[str], ready: set[str], sent: dict[str, _Sent], requests: Mapping[str, Payload]
     ) -> None:
-        """Send the requests of devices that are online, as many as may be out; the others go on waiting."""
-        if not waiting or len(sent) >= self._in_flight:
+        """Send the requests of devices that are `ready` and online, as many as may be out; the others go on waiting."""
+        if not ready or len(sent) >= self._in_flight:
             return
         online = set(self._grid.get_node_ids())
         for _ in range(len(waiting)):
             device_id = waiting.popleft()
-            if len(sent) < self._in_flight and self._nodes[device_id] in online:
+            if len(sent) < self._in_flight and device_id in ready and self._nodes[device_id] in online:
                 sent[self._send(device_id, requests[device_id])] = _Sent(device_id, _after(self._timeout))
                 self._tell(device_id, "asked", "")
             else:

@@ -227,9 +227,15 @@ def took_too_long(timeout: float | None) -> str:
     return f"gave no answer within {timeout:g} s; raise [federation] timeout_seconds, or give it less to do"
 
 
+_HINTS = {
+    "SIGKILL": "; perhaps the machine ran out of memory: lower [federation] workers",
+    "SIGALRM": "; it had taken all of the [limits] hours that its own file grants a request",
+}
+
+
 def _how_it_ended(status: int) -> str:
     if status >= 0:
         return f"its process ended with exit code {status} before it answered; its output says why"
     name = signal.Signals(-status).name
-    hint = "; perhaps the machine ran out of memory: lower [federation] workers" if name == "SIGKILL" else ""
+    hint = _HINTS.get(name, "")
     return f"its process was ended by {name} before it answered{hint}"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from deepfusion.artifacts import write_atomic
+from deepfusion.artifacts import write_atomic, writing
 from deepfusion.errors import ResumeError
 
 Direction = Literal["up", "down"]
@@ -54,6 +55,7 @@ class Ledger:
         Raises:
             ResumeError: the file is not a ledger.
         """
+        self._path = path
         self._rows: dict[tuple[int, str, str, str], Row] = {}
         self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,9 +72,17 @@ class Ledger:
         weakref.finalize(self, os.close, self._descriptor)
 
     def book(self, row: Row) -> None:
-        """Write a row down; it is in the file when this returns."""
-        with self._lock:
-            os.write(self._descriptor, json.dumps(vars(row)).encode() + b"\n")
+        """Write a row down; it is in the file when this returns.
+
+        Raises:
+            DiskError: the disk is full. Nothing of the row is in the file then.
+        """
+        line = json.dumps(vars(row)).encode() + b"\n"
+        with self._lock, writing(self._path, "a row"):
+            size = os.fstat(self._descriptor).st_size
+            if os.write(self._descriptor, line) < len(line):  # a part may have fitted
+                os.ftruncate(self._descriptor, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._add(row)
 
     def rows(self) -> Iterator[Row]:

@@ -4,9 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-import os
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -15,10 +12,12 @@ from typing import Any
 from flwr.app import Context, Error, Message
 from flwr.common.constant import ErrorCode
 
-from deepfusion.errors import FederationError
 from deepfusion.federation.engines import took_too_long
 from deepfusion.federation.messages import read_message, run_client, write_message
 from deepfusion.federation.nursery import load_app
+from deepfusion.spread import import_ray, open_ray
+
+PLACE = '[federation] engine = "ray"'
 
 
 class OnRay:
@@ -36,22 +35,13 @@ class OnRay:
             timeout: seconds that a client may take, or None for no limit.
 
         Raises:
-            FederationError: Ray is not installed.
+            DeepFusionError: Ray is not installed.
         """
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        try:
-            ray: Any = importlib.import_module("ray")
-        except ImportError as error:
-            raise FederationError(
-                '[federation] engine = "ray": Ray is not installed; run: pip install "deepfusion-moe[ray]", '
-                'or use engine = "forkserver"'
-            ) from error
-        self._ray = ray
+        self._ray = import_ray(PLACE)
         self.workers = workers
         self._client_app, self._timeout = client_app, timeout
         self._task: Any = None
-        self._started_here = False
+        self._opened = contextlib.ExitStack()
         self._jobs: dict[Any, tuple[Message, Context, float]] = {}
 
     def start(self, message: Message, context: Context) -> None:
@@ -78,20 +68,13 @@ class OnRay:
         for job in self._jobs:
             self._ray.cancel(job, force=True)
         self._jobs.clear()
-        if self._started_here:
-            self._ray.shutdown()
-        self._started_here, self._task = False, None
+        self._opened.close()
+        self._task = None
 
     def _open(self) -> None:
         if self._task is not None:
             return
-        if not self._ray.is_initialized():
-            here: dict[str, Any] = (
-                {} if "RAY_ADDRESS" in os.environ else {"num_cpus": self.workers, "include_dashboard": False}
-            )
-            environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}}
-            self._ray.init(log_to_driver=False, logging_level="ERROR", runtime_env=environment, **here)
-            self._started_here = True
+        self._opened.enter_context(open_ray(PLACE, self.workers))
         self._task = self._ray.remote(num_cpus=1, max_retries=0)(_answer)
         import_app = self._ray.remote(num_cpus=1)(_import)  # seconds that are not the first clients' own
         self._ray.get([import_app.remote(self._client_app) for _ in range(self.workers)])

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from deepfusion.artifacts import write_atomic
 from deepfusion.errors import ResumeError
+from deepfusion.federation.beside import beside
 
 ROLL = "roll.json"
 """Its name in a run folder."""
@@ -42,10 +43,14 @@ class Entry:
 class Roll:
     """Written by the server whenever something has changed; never read by it."""
 
-    def __init__(self, path: Path, nodes: Mapping[str, int]) -> None:
-        """Begin with devices of which nothing is known but their node ids."""
-        self._path, self._nodes = path, dict(nodes)
-        self._entries = {device_id: Entry() for device_id in nodes}
+    def __init__(self, path: Path, nodes: Callable[[], Mapping[str, int]]) -> None:
+        """Begin with devices of which nothing is known but their node ids.
+
+        Args:
+            nodes: looks these up; they may change.
+        """
+        self._path, self._nodes = path, nodes
+        self._entries = {device_id: Entry() for device_id in nodes()}
         self._lock = threading.Lock()
         self._write()
 
@@ -56,34 +61,30 @@ class Roll:
         Args:
             look: asks for the ids of the nodes that are.
         """
-        over = threading.Event()
 
-        def watch() -> None:
+        def watch(over: threading.Event) -> None:
             while not over.wait(_EVERY):
                 with suppress(Exception):  # the SuperLink is gone; whoever waits for an upload says so
                     self.look(look())
 
-        thread = threading.Thread(target=watch, name="roll", daemon=True)
-        thread.start()
-        try:
+        with beside(watch, "roll", patience=_EVERY):
             yield self
-        finally:
-            over.set()
-            thread.join(_EVERY)
 
     def tell(self, device_id: str, state: str, reason: str) -> None:
         """Note what has become of a device."""
         line = reason.splitlines()[0] if reason else ""
         with self._lock:
-            self._entries[device_id] = replace(self._entries[device_id], state=state, reason=line, since=time.time())
+            entry = self._entries.get(device_id, Entry())
+            self._entries[device_id] = replace(entry, state=state, reason=line, since=time.time())
             self._write()
 
     def look(self, online: Iterable[int]) -> None:
         """Note who is online."""
-        present = set(online)
+        present, nodes = set(online), self._nodes()
         with self._lock:
-            for device_id, node in self._nodes.items():
-                self._entries[device_id] = replace(self._entries[device_id], online=node in present)
+            for device_id in nodes.keys() | self._entries.keys():
+                entry = self._entries.get(device_id, Entry())
+                self._entries[device_id] = replace(entry, online=nodes.get(device_id) in present)
             self._write()
 
     def _write(self) -> None:

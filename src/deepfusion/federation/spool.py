@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -13,6 +12,9 @@ from deepfusion.artifacts import write_atomic
 from deepfusion.errors import DiskError, FederationError, UploadError
 from deepfusion.federation.payload import inspect_file, parts, read_file
 from deepfusion.types import Call, Payload
+
+KEYS = "keys.json"
+"""In the folder: under which key each device's upload arrived, or is to arrive."""
 
 Check = Callable[[str, Payload], None]
 """`check(device_id, payload)` raises UploadError when the upload is not what was asked for."""
@@ -24,20 +26,29 @@ Open = Callable[[str, Payload], Payload]
 class Spool:
     """A folder of uploads: `<device>.safetensors` each, and `rejected/<device>.json` for those that were refused."""
 
-    def __init__(self, folder: Path, key: str | None = None) -> None:
+    def __init__(self, folder: Path, keys: Mapping[str, str] | None = None) -> None:
         """Open the spool.
 
         Args:
-            key: hash of what the uploads depend on. A spool that was filled under another key is emptied.
+            keys: for each device the hash of what its upload depends on. What arrived under another one is thrown away, and
+                so is what came from any other device.
         """
         self.folder = folder
-        marker = folder / "key"
-        if key is not None and (not marker.exists() or marker.read_text() != key):
-            shutil.rmtree(folder, ignore_errors=True)
-            write_atomic(marker, key)
+        if keys is not None:
+            self._keep_only(keys)
         folder.mkdir(parents=True, exist_ok=True)
         for partial in folder.glob(".*.partial"):  # of a run that was killed while it wrote
             partial.unlink()
+
+    def _keep_only(self, keys: Mapping[str, str]) -> None:
+        marker = self.folder / KEYS
+        before: dict[str, str] = json.loads(marker.read_text()) if marker.exists() else {}
+        if before == keys:
+            return
+        for path in (*self.folder.glob("*.safetensors"), *self.folder.glob("rejected/*.json")):
+            if path.stem not in keys or before.get(path.stem) != keys[path.stem]:
+                path.unlink()
+        write_atomic(marker, json.dumps(keys))  # last: whatever is here is under the key that it is said to be under
 
     def path(self, device_id: str) -> Path:
         """Where the device's upload is, or would be."""

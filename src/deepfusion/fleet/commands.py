@@ -14,7 +14,9 @@ from pathlib import Path
 
 import tomli_w
 
+from deepfusion.artifacts import write_atomic
 from deepfusion.errors import FederationError
+from deepfusion.federation.admission import admit
 from deepfusion.fleet.device_file import DeviceFile, below
 from deepfusion.fleet.server_file import Server
 
@@ -69,26 +71,21 @@ def node_command(own: DeviceFile, path: Path) -> tuple[list[str], dict[str, str]
 
 
 def register(server: Server) -> dict[str, int]:
-    """Tell the SuperLink every device's public key; returns and notes the node ids that it gives them.
+    """Have the SuperLink admit the devices whose public key is here and no others; returns and notes their node ids.
 
-    A SuperLink that has been started anew knows nobody, so this is done after each start.
+    A SuperLink that has been started anew knows nobody, so this is done after each start and before each run; and when a key
+    has come or gone, also while a run goes on.
 
     Raises:
-        FederationError: the SuperLink cannot be reached, or refuses a key.
+        ConfigError: a key is none.
+        FederationError: there is none, the SuperLink cannot be reached, or has shut one out.
     """
     keys = server.public_keys()
     if not keys:
         raise FederationError(f"{server.path(server.file.keys)}: no public key of a device; put <id>.pub there")
-    nodes = {device_id: _register(server, path) for device_id, path in keys.items()}
+    nodes = admit(server.address, server.path(server.file.ca), keys)
     server.note_nodes(nodes)
     return nodes
-
-
-def _register(server: Server, key: Path) -> int:
-    told = _flwr(server, "supernode", "register", str(key), CONNECTION)
-    if "node-id" in told:
-        return int(str(told["node-id"]))
-    raise FederationError(f"{key}: the SuperLink did not register it: {told.get('error-message', told)}")
 
 
 def submit(server: Server, *, resume: bool, until: str | None) -> tuple[str, str]:
@@ -96,8 +93,10 @@ def submit(server: Server, *, resume: bool, until: str | None) -> tuple[str, str
 
     Raises:
         FederationError: the SuperLink cannot be reached, or does not take the run.
+        DiskError: there is no room to note how it ends.
     """
     token = uuid.uuid4().hex
+    server.outcome(token).reserve()
     values: Mapping[str, str | bool] = {
         "server": str(server.folder), "token": token, "resume": resume, "until": until or "",
     }  # fmt: skip
@@ -118,10 +117,9 @@ def ended(server: Server, run: str) -> str | None:
 def _flwr(server: Server, *arguments: str) -> dict[str, object]:
     """Call `flwr` and return the JSON that it prints; its exit status tells nothing."""
     home = server.home
-    home.mkdir(parents=True, exist_ok=True)
     connection = {"address": server.address, "root-certificates": str(server.path(server.file.ca))}
     table = {"superlink": {"default": CONNECTION, CONNECTION: connection}}
-    (home / "config.toml").write_text(tomli_w.dumps(table), encoding="utf-8")
+    write_atomic(home / "config.toml", tomli_w.dumps(table))
     environment = {**os.environ, **_QUIET, "FLWR_HOME": str(home)}
     try:
         done = subprocess.run(

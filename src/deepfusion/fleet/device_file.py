@@ -11,6 +11,7 @@ from pathlib import Path
 from deepfusion.data.options import CorpusSource
 from deepfusion.devices.fleet import SAFE_ID
 from deepfusion.devices.presets import PRESETS
+from deepfusion.fleet.account import Demands
 from deepfusion.methods import methods
 from deepfusion.registry import did_you_mean
 from deepfusion.schema import load_options
@@ -98,6 +99,7 @@ class DeviceFile:
         model: [model] the one architecture that it trains; its name must be one of the run's.
         text: [text] its private text.
         limits: [limits] what it gives at most.
+        privacy: [privacy] how much of its text it gives away at most.
         connection: [connection] how it reaches its server.
     """
 
@@ -108,6 +110,7 @@ class DeviceFile:
     model: ModelSpec
     text: DeviceText
     limits: Limits = field(default_factory=Limits)
+    privacy: Demands = field(default_factory=Demands)
     connection: Connection
 
     def faults(self) -> Iterator[str]:

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -18,9 +19,11 @@ from deepfusion.data.files import find_files
 from deepfusion.data.prepare import corpus_from_source, load_corpus, write_corpus
 from deepfusion.data.tokenizer import open_tokenizer, tokenizer_from_json
 from deepfusion.devices.device import Device
-from deepfusion.errors import DeepFusionError, FederationError, UploadError
+from deepfusion.devices.privacy import PrivacyOptions
+from deepfusion.errors import DeepFusionError, FederationError, PrivacyError, UploadError
 from deepfusion.federation.payload import parts
 from deepfusion.federation.spool import Spool
+from deepfusion.fleet.account import Account
 from deepfusion.fleet.device_file import DeviceFile, below
 from deepfusion.methods.base import Method, methods
 from deepfusion.schema import parse_options, plain
@@ -40,7 +43,7 @@ class Job:
     Attributes:
         seed: the run's seed.
         sequence_length, counted: see [data].
-        epochs, max_steps, training: see [devices].
+        epochs, max_steps, training, privacy: see [devices].
         method: the federated method with its options.
     """
 
@@ -50,6 +53,7 @@ class Job:
     epochs: float
     max_steps: int | None = None
     training: Optimisation
+    privacy: PrivacyOptions | None = None
     method: Method = field(metadata={"registry": methods})
 
 
@@ -63,7 +67,7 @@ def job_payload(config: RunConfig, tokenizer: Path, model: str) -> Payload:
     fleet = config.devices
     job = Job(
         seed=config.seed, sequence_length=config.data.sequence_length, counted=config.data.counted, epochs=fleet.epochs,
-        max_steps=fleet.max_steps, training=fleet.training, method=config.method,
+        max_steps=fleet.max_steps, training=fleet.training, privacy=fleet.privacy, method=config.method,
     )  # fmt: skip
     opened = open_tokenizer(tokenizer)
     octets = bytearray(opened.backend_tokenizer.to_str().encode())
@@ -85,9 +89,11 @@ class Workshop:
         options = json.loads((folder / "job.json").read_text(encoding="utf-8"))
         self.job = allowed(parse_options(Job, options, "the server's job"), own, path)
 
-    def device(self) -> Device:
-        """The device, with its own model, text and limits, and with the job's training."""
+    def device(self, request: Payload) -> Device:
+        """The device for a request, with its own model, text and limits, and with the job's training."""
         own, job = self._own, self.job
+        # The version too: another one could make something else of the same request, under the same noise.
+        context = (self.folder.path.name, payload_digest(request), version("deepfusion-moe"), version("torch"))
         gib = own.limits.memory_gib
         return Device(
             id=own.id,
@@ -98,10 +104,12 @@ class Workshop:
             tokenizer=self.folder / "tokenizer",
             sequence_length=job.sequence_length,
             training=job.training,
+            privacy=job.privacy,
             epochs=job.epochs,
             max_steps=job.max_steps,
             memory_limit_bytes=None if gib is None else int(gib * 2**30),
             seed=derive_seed(job.seed, "device", own.id),
+            releases=Account(below(self._path, own.place) / "privacy", own.id, own.privacy, context),
             scratch=self.folder.path / "training",
         )
 
@@ -168,6 +176,7 @@ def allowed(job: Job, own: DeviceFile, path: Path) -> Job:
     """The job with the device's own encoder, where it has one of the kind.
 
     Raises:
+        PrivacyError: the owner wants private training, and the method has devices make more of their text than that.
         FederationError: the device takes no part in such a method; or the job wants an encoder and the device names none:
             a server opens no folder here.
     """
@@ -175,6 +184,10 @@ def allowed(job: Job, own: DeviceFile, path: Path) -> Job:
     if method not in own.methods:
         raise FederationError(
             f'{own.id} takes no part in "{method}", only in {", ".join(own.methods)} (methods = [...])'
+        )
+    if own.privacy.epsilon is not None and not job.method.trains_privately:
+        raise PrivacyError(
+            f'{own.id} trains with differential privacy only; with its options "{method}" gives away more than private models'
         )
     embed: Any = getattr(job.method, "embed", None)
     if not isinstance(embed, FrozenEncoder):

@@ -7,10 +7,10 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from deepfusion.artifacts import write_atomic
 from deepfusion.errors import FederationError
+from deepfusion.fleet.outcome import Outcome
 from deepfusion.schema import load_options
 
 FILE = "fleet.toml"
@@ -21,14 +21,15 @@ class ServerFile:
     """`fleet.toml`, in the server's folder. Paths are relative to it.
 
     Attributes:
-        host: where the SuperLink listens.
-        port: its port, for devices and for the operator's own commands.
-        name: how the operator's commands call the host: what its certificate is for.
+        host: where the SuperLink listens: on loopback, because its port serves the operator without a password. Devices come by
+            a reverse proxy (docs/fleet.md), which has a name and a certificate of its own.
+        port: its port, for the operator's commands and the proxy.
+        name: how both call the SuperLink: what its certificate is for.
         config: the run's configuration.
         run: the run folder.
         keys: folder of the devices' public keys, `<id>.pub`: who may join, and by which key.
-        ca: the certificate that devices trust.
-        certificate, key: the server's own.
+        ca: the certificate that its own is signed by.
+        certificate, key: the SuperLink's own, for `name`.
     """
 
     host: str = "127.0.0.1"
@@ -94,15 +95,9 @@ class Server:
         """Write down which node id the SuperLink has given to which device's key."""
         write_atomic(self._nodes, json.dumps(nodes, indent=1))
 
-    def note_outcome(self, outcome: dict[str, Any]) -> None:
-        """Write down how a run ended, for the command that waits for it."""
-        write_atomic(self.folder / "outcome.json", json.dumps(outcome))
-
-    def outcome(self, token: str) -> dict[str, Any] | None:
-        """How the run with this token ended; None while it goes on."""
-        path = self.folder / "outcome.json"
-        told: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-        return told if told.get("token") == token else None
+    def outcome(self, token: str) -> Outcome:
+        """How the run that was asked for under this token ended."""
+        return Outcome(self.folder / "outcomes" / f"{token}.json")
 
     @property
     def _nodes(self) -> Path:

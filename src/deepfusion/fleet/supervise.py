@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole fleet on this machine: its processes are started, brought back when they die, and ended; and a run is waited for."""
+"""A whole fleet on this machine: its processes are started, brought back when they die, and ended."""
 
 from __future__ import annotations
 
@@ -20,15 +20,12 @@ from deepfusion.errors import FederationError
 from deepfusion.fleet import commands
 from deepfusion.fleet.device_file import load_device
 from deepfusion.fleet.layout import Layout
+from deepfusion.fleet.leash import leash
 from deepfusion.fleet.server_file import Server, open_server
 
 RESTART_SECONDS = 2.0
 """How long a process stays dead before it is started again."""
-ATTEMPTS = 5
-"""How often a run is taken up again after its process, or the SuperLink, was killed."""
-_TICK, _ASK_FLOWER = 0.5, 20.0
-Tick = Callable[[], None]
-"""Called a few times a second while something is waited for."""
+_TICK = 0.5
 
 
 @dataclass
@@ -118,7 +115,7 @@ class Fleet:
 
     def tend(self) -> bool:
         """Bring back what has died; whether the SuperLink was among it, with all that it knew."""
-        for node in self.nodes.values():
+        for node in list(self.nodes.values()):
             node.revive()
         if self.link.is_alive():
             return False
@@ -130,61 +127,30 @@ class Fleet:
 
 @contextmanager
 def fleet_on_this_machine(layout: Layout) -> Generator[Fleet]:
-    """Start the SuperLink and every device's SuperNode; ends them all afterwards, whatever happens.
+    """Start the SuperLink and every device's SuperNode; ends them all afterwards, whatever happens, a kill of this process too.
 
     Raises:
         ConfigError: a configuration is wrong.
         FederationError: the SuperLink does not start.
     """
-    server = open_server(layout.server)
-    nodes: dict[str, Service] = {}
-    for device_id, path in layout.devices().items():
-        arguments, environment = commands.node_command(load_device(path), path)
-        nodes[device_id] = Service(device_id, arguments, environment, layout.folder / "logs" / f"{device_id}.log")
-    fleet = Fleet(
-        server, Service("superlink", *commands.link_command(server), layout.folder / "logs/superlink.log"), nodes
-    )
-    try:
-        fleet.start()
-        yield fleet
-    finally:
-        for node in fleet.nodes.values():
-            if node.is_alive() and node.process is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(node.process.pid, signal.SIGTERM)  # all at once; `end` waits for each
-        for service in (*fleet.nodes.values(), fleet.link):
-            service.end()
-
-
-def run_here(fleet: Fleet, *, resume: bool, until: str | None = None, tick: Tick = lambda: None) -> None:
-    """Run the fleet's job to its end, through deaths of any of its processes.
-
-    Raises:
-        DeepFusionError: the run ended with an error, or was killed more than `ATTEMPTS` times.
-    """
-    for _ in range(ATTEMPTS):
+    server, logs = open_server(layout.server), layout.folder / "logs"
+    with leash() as mark:
+        nodes: dict[str, Service] = {}
+        for device_id, path in layout.devices().items():
+            arguments, environment = commands.node_command(load_device(path), path)
+            nodes[device_id] = Service(device_id, arguments, environment | mark, logs / f"{device_id}.log")
+        arguments, environment = commands.link_command(server)
+        fleet = Fleet(server, Service("superlink", arguments, environment | mark, logs / "superlink.log"), nodes)
         try:
-            token, number = commands.submit(fleet.server, resume=resume, until=until)
-            if _wait(fleet.server, token, number, lambda: (tick(), fleet.tend())[1]):
-                return
-        except FederationError:
-            if fleet.link.is_alive():
-                raise
-            fleet.tend()
-        resume = True
-    raise FederationError(f"the run was killed {ATTEMPTS} times; see {fleet.link.log}")
-
-
-def run_on(server: Server, *, resume: bool, until: str | None = None, tick: Tick = lambda: None) -> None:
-    """Run a job on a SuperLink that is there, and wait for its end.
-
-    Raises:
-        FederationError: the run ended with an error, or its process was killed.
-    """
-    wait_for(server, lambda: True, server.home)
-    token, number = commands.submit(server, resume=resume, until=until)
-    if not _wait(server, token, number, lambda: bool(tick())):
-        raise FederationError("the run's process was killed; what has arrived is kept: go on with --resume")
+            fleet.start()
+            yield fleet
+        finally:
+            for node in fleet.nodes.values():
+                if node.is_alive() and node.process is not None:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(node.process.pid, signal.SIGTERM)  # all at once; `end` waits for each
+            for service in (*fleet.nodes.values(), fleet.link):
+                service.end()
 
 
 def wait_for(server: Server, is_alive: Callable[[], bool], log: Path, seconds: float = 120.0) -> None:
@@ -203,39 +169,3 @@ def wait_for(server: Server, is_alive: Callable[[], bool], log: Path, seconds: f
             return
         time.sleep(_TICK)
     raise FederationError(f"{server.address}: no SuperLink listens there; see {log}")
-
-
-def _wait(server: Server, token: str, number: str, lost: Callable[[], bool]) -> bool:
-    """Wait for the end of a run; False where it was killed, or what it ran on was `lost`.
-
-    Raises:
-        FederationError: it ended with an error.
-    """
-    asked = time.monotonic()
-    while True:
-        outcome = server.outcome(token)
-        if outcome is not None and "pid" not in outcome:
-            if "error" in outcome:
-                raise FederationError(f"{outcome['kind']}: {outcome['error']}")
-            return True
-        if lost() or (outcome is not None and not _is_running(int(outcome["pid"]))):
-            return _is_done(server, token)
-        if outcome is None and time.monotonic() - asked > _ASK_FLOWER:
-            asked = time.monotonic()
-            status = commands.ended(server, number)
-            if status is not None and server.outcome(token) is None:
-                raise FederationError(f"the run never began ({status}); see the SuperLink's log")
-        time.sleep(_TICK)
-
-
-def _is_done(server: Server, token: str) -> bool:
-    """Whether a run that is gone had come to a good end just before."""
-    outcome = server.outcome(token)
-    return outcome is not None and "pid" not in outcome and "error" not in outcome
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,11 +32,17 @@ resume = false
 until = ""
 """
 
+UNMENDABLE = (2, os.EX_CONFIG)
+"""Exit codes of `deepfusion` after which the same command would only fail again; see `deepfusion.cli`."""
+
 _UNIT = """# {{ name }}: {{ what }}
 [Unit]
 Description={{ what }}
 After=network-online.target{{ after }}
 Wants=network-online.target
+{%- for line in limit %}
+{{ line }}
+{%- endfor %}
 
 [Service]
 Type=exec
@@ -44,7 +51,7 @@ ExecStart={{ command }}
 {%- for line in more %}
 {{ line }}
 {%- endfor %}
-RestartSec=10
+RestartPreventExitStatus={{ mend }}
 NoNewPrivileges=yes
 PrivateTmp=yes
 ProtectHome=read-only
@@ -69,14 +76,17 @@ Everything here was written by `deepfusion fleet init`. One command runs all of 
 
 Copy `server/` to the server, each `devices/<id>/` to its device, and nothing else to anyone. `devices/<id>/key` is that
 device's private key: let it make its own instead (`ssh-keygen -t ecdsa -b 384 -N "" -f key`) and send you `key.pub`, which
-goes to `server/keys/<id>.pub`. `server/tls/` holds a certificate authority for the trial: use your network's own, made out to
-the server's name, and name it in `server/fleet.toml` (`name`, `ca`, `certificate`, `key`) and in each `device.toml`
-(`[connection]`). Clocks have to agree to within 5 seconds (NTP), or a device is not let in.
+goes to `server/keys/<id>.pub`. Clocks have to agree to within 5 seconds (NTP), or a device is not let in.
+
+The SuperLink stays on the server's loopback (`server/fleet.toml` and `server/tls/` stay as they are): its port serves devices
+(`/v1/fleet`) and the operator (`/v1/control`) alike, and asks operators for no password. A reverse proxy in front of it, with
+your host's own certificate, passes on `/v1/fleet` alone; docs/fleet.md has the text for nginx. In each `device.toml`,
+`[connection]` names that proxy: `superlink = "<host>:443"`, and as `certificate` the CA that has signed the proxy's.
 
 On the server:
 
     deepfusion fleet link {{ folder }}/server          # the SuperLink; keeps running
-    deepfusion fleet register {{ folder }}/server      # who may join: once after each start of the SuperLink
+    deepfusion fleet register {{ folder }}/server      # who may join; again whenever a key has come or gone
     deepfusion fleet run {{ folder }}/server           # the run; --resume goes on with one that was cut off
     deepfusion fleet status {{ folder }}/server/run    # who is online, training, done
 
@@ -95,9 +105,6 @@ On each device:
     sudo systemctl daemon-reload
     sudo systemctl enable --now deepfusion-superlink deepfusion-run     # on the server
     sudo systemctl enable --now deepfusion-node-<id>                    # on a device
-
-The port of the SuperLink serves devices (`/v1/fleet`) and the operator (`/v1/control`) alike. Let a reverse proxy pass on
-`/v1/fleet` alone, and keep the port itself on loopback: see docs/fleet.md.
 """
 
 
@@ -113,16 +120,15 @@ def unit_files(server: Path, devices: Mapping[str, Path]) -> dict[str, str]:
     register = f"ExecStartPost={program} fleet register {server}"
     found = {
         link: _unit(link, "the SuperLink of a deepfusion fleet", f"{program} fleet link {server}", str(server),
-                    register, "Restart=always", "TimeoutStartSec=300"),
+                    register, "Restart=always", "RestartSec=10", "TimeoutStartSec=300", limit=(3600, 20)),
         run: _unit(run, "the run of a deepfusion fleet", f"{program} fleet run {server} --resume", str(server),
-                   "Restart=on-failure", after=f" {link}"),
+                   "Restart=on-failure", "RestartSec=60", after=f" {link}", limit=(86_400, 20)),
     }  # fmt: skip
     for device_id, path in devices.items():
         name = f"deepfusion-node-{device_id}.service"
         command = f"{program} fleet node {path}"
-        found[name] = _unit(
-            name, f"device {device_id} of a deepfusion fleet", command, str(path.parent), "Restart=always"
-        )
+        found[name] = _unit(name, f"device {device_id} of a deepfusion fleet", command, str(path.parent),
+                            "Restart=always", "RestartSec=30", limit=(0, 0))  # fmt: skip
     return found
 
 
@@ -131,8 +137,14 @@ def readme(folder: Path, devices: Sequence[str]) -> str:
     return _fill(_README, folder=folder, devices=devices)
 
 
-def _unit(name: str, what: str, command: str, writes: str, *more: str, after: str = "") -> str:
-    return _fill(_UNIT, name=name, what=what, command=command, writes=writes, more=more, after=after)
+def _unit(name: str, what: str, command: str, writes: str, *more: str, limit: tuple[int, int], after: str = "") -> str:
+    """A unit. `limit`: it is given up after so many starts in so many seconds; 0 seconds for never."""
+    seconds, starts = limit
+    limits = [f"StartLimitIntervalSec={seconds}", *([f"StartLimitBurst={starts}"] if seconds else [])]
+    return _fill(
+        _UNIT, name=name, what=what, command=command, writes=writes, more=more, after=after, limit=limits,
+        mend=" ".join(map(str, UNMENDABLE)),
+    )  # fmt: skip
 
 
 def _fill(template: str, **values: object) -> str:

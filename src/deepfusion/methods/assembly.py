@@ -218,7 +218,8 @@ def tuned(
     def make(folder: Path) -> None:
         tune.tune(
             moe, teachers, texts, family=family, options=options, seed=derive_seed(site.seed, name),
-            tokenizer_folder=site.data.tokenizer, scratch=site.folder.scratch(name), progress=site.progress, out=folder,
+            tokenizer_folder=site.data.tokenizer, scratch=site.folder.scratch(name), shards=site.server.shards,
+            progress=site.progress, out=folder,
         )  # fmt: skip
 
     return site.keep(name, make, options, *parts)

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from transformers import PreTrainedConfig
 
-from deepfusion.artifacts import RunFolder
+from deepfusion.artifacts import RunFolder, key_of
 from deepfusion.data.options import DataOptions
 from deepfusion.data.prepare import PreparedData
 from deepfusion.devices.device import Device
@@ -23,6 +23,7 @@ from deepfusion.errors import ModelError
 from deepfusion.moe import families
 from deepfusion.moe.upcycle import family_name, target_values
 from deepfusion.registry import Registry, did_you_mean
+from deepfusion.spread import ServerOptions
 from deepfusion.stages.tune import TuneOptions
 from deepfusion.training import Optimisation, mixed_precision
 from deepfusion.types import Call, Payload, Progress
@@ -116,6 +117,7 @@ class Site:
         cache: a folder shared by runs, for warm-start checkpoints.
         until: name of the stage to stop after, or None.
         quorum: how many of the devices that are asked have to answer.
+        server: [server] how the server's work is spread.
         note: called with a sentence for the record's notes.
     """
 
@@ -132,6 +134,7 @@ class Site:
     note: Callable[[str], None]
     until: str | None = None
     quorum: int = 1
+    server: ServerOptions = field(default_factory=ServerOptions)
 
     def keep(self, name: str, make: Callable[[Path], None], *parts: Any) -> Path:
         """The stage's folder, made unless it is there with the same inputs and options (`RunFolder.keep`).
@@ -142,6 +145,15 @@ class Site:
         folder = self.folder.keep(name, make, self.seed, *parts)
         self.reached(name)
         return folder
+
+    def by_device(self, key: str) -> dict[str, str]:
+        """Keys of the devices' answers, which follow from `key` and from each device's own rows of [devices].
+
+        So a device that joins, or is shut out, changes no other one's.
+        """
+        named = {device.id: (device,) for device in self.fleet.named}
+        own = {card.id: replace(self.fleet, models=(card.model,), named=named.get(card.id, ())) for card in self.cards}
+        return {card.id: key_of(key, card.id, own[card.id]) for card in self.cards}
 
     def reached(self, name: str) -> None:
         """Say that a stage is done that is not made by `keep`."""
@@ -165,18 +177,22 @@ class Training(NamedTuple):
     learns: int | None = None
     remade: int = 0
 
-    def memory(self, optimisation: Optimisation, sequence_length: int) -> int:
+    def memory(self, optimisation: Optimisation, sequence_length: int, *, private: bool = False) -> int:
         """Bytes at its peak."""
-        return training_memory(self.model, optimisation, sequence_length, learns=self.learns, remade=self.remade).total
+        return training_memory(
+            self.model, optimisation, sequence_length, learns=self.learns, remade=self.remade, private=private
+        ).total
 
     def what_would_fit(
-        self, optimisation: Optimisation, sequence_length: int, limit: int, own: Mapping[str, PreTrainedConfig]
-    ) -> str:
+        self, optimisation: Optimisation, sequence_length: int, limit: int, own: Mapping[str, PreTrainedConfig],
+        *, private: bool = False,
+    ) -> str:  # fmt: skip
         """A sentence on how to stay below `limit` bytes; another architecture of `own` helps only who trains one of them."""
         others = list(own.items()) if self.model in own.values() else []
         return what_would_fit(
-            self.model, optimisation, sequence_length, limit, others, learns=self.learns, remade=self.remade
-        )
+            self.model, optimisation, sequence_length, limit, others, learns=self.learns, remade=self.remade,
+            private=private,
+        )  # fmt: skip
 
 
 class Method(Protocol):
@@ -188,6 +204,11 @@ class Method(Protocol):
     @property
     def tune(self) -> TuneOptions:
         """[tune]: the last training of the MoE on the server, which every method ends with."""
+        ...
+
+    @property
+    def trains_privately(self) -> bool:
+        """Whether devices make nothing of their text but a model and an embedding, which [devices.privacy] protects."""
         ...
 
     def client(self, device: Device, request: Payload) -> Payload:

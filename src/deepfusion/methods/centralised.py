@@ -51,6 +51,11 @@ class Centralised:
     training: assembly.TextTraining
     tune: TuneOptions = field(default_factory=TuneOptions)
 
+    @property
+    def trains_privately(self) -> bool:
+        """No: they hand over their text."""
+        return False
+
     def client(self, device: Device, request: Payload) -> Payload:
         """The device's text as it is: token ids, which of them count as targets, and the documents' lengths."""
         corpus = device.corpus
@@ -81,7 +86,7 @@ class Centralised:
         def check(device_id: str, payload: Payload) -> None:
             check_text(payload, device_id, site.data.vocab_size)
 
-        key = key_of("text", site.seed, site.data_key, site.fleet, site.sequence_length)
+        key = key_of("text", site.seed, site.data_key, site.sequence_length)
         files = exchange.spool_answers(site, call, requests, check, key)
         site.reached("uploads")
         payloads = [read_file(path, source=f"device {device_id}") for device_id, path in files.items()]

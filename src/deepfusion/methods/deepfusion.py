@@ -81,6 +81,11 @@ class DeepFusion:
     tune: tune.TuneOptions
     continued: SelectiveRounds | None = plugin(continuations, optional="continue")
 
+    @property
+    def trains_privately(self) -> bool:
+        """As long as the devices do not go on with the MoE."""
+        return self.continued is None
+
     def client(self, device: Device, request: Payload) -> Payload:
         """Train the device's own model, describe its text by an embedding, and answer with both; later, train the MoE."""
         if self.continued and request.what == rounds.MOE:
@@ -106,17 +111,9 @@ class DeepFusion:
         return self.go_on(site, call, self.tune_merged(site, merged, teachers, texts))
 
     def upload_key(self, site: Site) -> str:
-        """Hash of all that the uploads depend on."""
-        return key_of(
-            "uploads",
-            site.seed,
-            site.data_key,
-            site.fleet,
-            self.warm_start,
-            self.embed,
-            self.upload,
-            site.sequence_length,
-        )
+        """Hash of all that the uploads depend on besides each device's own part of [devices]."""
+        parts = (self.warm_start, self.embed, self.upload)
+        return key_of("uploads", site.seed, site.data_key, *parts, site.sequence_length)
 
     def find_domains(self, site: Site, found: Described) -> Clusters:
         """Phase I: group the devices by the cosine of their embeddings; written to `clusters.json`."""
@@ -185,7 +182,7 @@ class DeepFusion:
                 start, teachers, texts, family=family, target=moe, slices=slices, rule=self.distill,
                 recipe=self.recipe, options=self.distillation, seed=derive_seed(site.seed, "distill"),
                 tokenizer_folder=site.data.tokenizer, scratch=site.folder.scratch("experts"), progress=site.progress,
-                out=folder,
+                out=folder, workers=site.server.workers,
             )  # fmt: skip
 
         parts = (self.recipe, self.distill, self.distillation, self.generate, site.target, slices)

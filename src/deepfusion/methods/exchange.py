@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -16,7 +17,10 @@ from deepfusion.artifacts import key_of, write_atomic
 from deepfusion.data.packing import PackedText
 from deepfusion.devices import models
 from deepfusion.devices.device import Device
+from deepfusion.devices.documents import PrivateDocuments
 from deepfusion.devices.memory import gib, num_parameters
+from deepfusion.devices.privacy import PrivacyOptions, draws_for, epsilon_of
+from deepfusion.devices.releases import Release, text_digest
 from deepfusion.errors import MemoryLimitError
 from deepfusion.federation.spool import Check, Open, Spool, as_it_came, collect
 from deepfusion.methods.base import Site, Training
@@ -29,6 +33,8 @@ from deepfusion.types import Call, ModelSpec, Payload, State
 
 PUBLISHED = "published/"
 """Prefix of what the server publishes for embeddings, in a request."""
+Told = dict[str, str | int | float | bool]
+"""What an answer says of a training."""
 EMBEDDING = "embedding"
 """Name of the embedding in an answer."""
 
@@ -141,7 +147,8 @@ def check_fits(device: Device, training: Training) -> None:
     """
     if device.memory_limit_bytes is None:
         return
-    need, kind = training.memory(device.training, device.sequence_length), training.model.model_type
+    need = training.memory(device.training, device.sequence_length, private=device.privacy is not None)
+    kind = training.model.model_type
     if need > device.memory_limit_bytes:
         raise MemoryLimitError(
             f"{device.id} gives {gib(device.memory_limit_bytes)}, the training of a {kind} needs {gib(need)}; "
@@ -150,22 +157,37 @@ def check_fits(device: Device, training: Training) -> None:
 
 
 def describe_text(device: Device, request: Payload, embed: Embedding) -> torch.Tensor:
-    """On the device: the embedding of its text, as it crosses the wire."""
+    """On the device: the embedding of its text, as it crosses the wire.
+
+    Raises:
+        PrivacyError: the device's owner gives no such embedding away.
+    """
+    if embed.dimension == 0:
+        return torch.zeros(0, dtype=torch.float16)
+    epsilon = math.inf if embed.epsilon is None else embed.epsilon
+    release = Release(what="embedding", text=text_digest(device.corpus), epsilon=epsilon, delta=embed.delta)
     published, run_seed = with_prefix(request, PUBLISHED), int(request.metadata["run_seed"])
-    return torch.from_numpy(embed.embed(device.corpus, published, run_seed, noise_seed=device.seed)).half()
+    return torch.from_numpy(embed.embed(device.corpus, published, run_seed, device.releases.grant(release))).half()
 
 
 def train_here(
     device: Device, model: PreTrainedModel, *, penalty: Penalty | None = None, part: int = 0, parts: int = 1
-) -> dict[str, str | int | float | bool]:
+) -> Told:
     """On the device: train a model in place on the device's text; what the answer says of it.
 
     Args:
         penalty: what is added to the loss of a MoE.
         part, parts: of the device's steps, which are the same in sum whatever the number of parts.
+
+    Raises:
+        PrivacyError: the device's owner gives no such model away.
     """
+    if device.privacy is not None:
+        assert (penalty, parts) == (None, 1), "of methods that train privately"
+        return _train_privately(device, model, device.privacy)
     started_from = models.init_id(model)
     length, training = device.sequence_length, device.training
+    device.releases.grant(Release(what="training", text=text_digest(device.corpus)))
     steps = steps_for(device.corpus.num_tokens, length, training, device.epochs, device.max_steps)
     first, stop = steps * part // parts, steps * (part + 1) // parts
     history = train_causal_lm(
@@ -179,17 +201,49 @@ def train_here(
         penalty=penalty,
         scratch=device.scratch / started_from if device.scratch else None,
     )
-    told: dict[str, str | int | float | bool] = {
-        "device": device.id,
-        "init_id": started_from,
-        "documents": len(device.corpus),
-        "tokens": device.corpus.num_tokens,
-        "parameters": num_parameters(model.config),
-        "steps": stop - first,
-    }
+    told = _told(device, model, started_from, device.corpus.num_tokens, stop - first)
     if history:
         told |= {"first_loss": round(history[0]["loss"], 4), "last_loss": round(history[-1]["loss"], 4)}
     return told
+
+
+def _train_privately(device: Device, model: PreTrainedModel, privacy: PrivacyOptions) -> Told:
+    """The same by DP-SGD. What is told of it has no loss, and tokens as if every document filled a sequence."""
+    started_from, documents = models.init_id(model), len(device.corpus)
+    training, length = device.training, device.sequence_length
+    steps = steps_for(documents, 1, training, device.epochs, device.max_steps)
+    rate = min(1.0, training.batch_size * training.accumulate / max(1, documents))
+    draws = draws_for(privacy, rate, steps)
+    epsilon, text = epsilon_of([draws], privacy.delta), text_digest(device.corpus)
+    release = Release(what="training", text=text, epsilon=epsilon, delta=privacy.delta, draws=draws)
+    noise = device.releases.grant(release)
+    train_causal_lm(
+        model,
+        PrivateDocuments(device.corpus, length, draws, privacy.max_grad_norm, noise),
+        steps=steps,
+        optimisation=training,
+        seed=device.seed,
+        label=device.id,
+        scratch=device.scratch / started_from if device.scratch else None,
+    )
+    told = _told(device, model, started_from, documents * length, steps)
+    return {
+        **told,
+        "epsilon": round(epsilon, 4),
+        "delta": privacy.delta,
+        "noise_multiplier": round(draws.multiplier, 4),
+    }
+
+
+def _told(device: Device, model: PreTrainedModel, started_from: str, tokens: int, steps: int) -> Told:
+    return {
+        "device": device.id,
+        "init_id": started_from,
+        "documents": len(device.corpus),
+        "tokens": tokens,
+        "parameters": num_parameters(model.config),
+        "steps": steps,
+    }
 
 
 def spool_answers(
@@ -200,11 +254,12 @@ def spool_answers(
 
     Args:
         check: see `collect`; what it refuses becomes a note of the run.
-        key: hash of what the answers depend on; answers of another key are thrown away.
+        key: hash of what the answers depend on besides their device's own part of [devices]; answers of another key are
+            thrown away.
         place: folder of the answers within the run's.
         opened: see `collect`.
     """
-    spool = Spool(site.folder / place, key)
+    spool = Spool(site.folder / place, site.by_device(key))
     have = collect(call, requests, spool, check, site.quorum, opened)
     for device_id, reason in spool.rejected().items():
         site.note(f"upload of {device_id} was refused: {reason}")

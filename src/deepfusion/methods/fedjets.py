@@ -131,7 +131,7 @@ class FedJets(rounds.Rounds):
         def check(device_id: str, payload: Payload) -> None:
             check_embedding(payload, self.embed.dimension, device_id)
 
-        key = key_of("embeddings", site.seed, site.data_key, site.fleet, self.embed, models.init_id(common))
+        key = key_of("embeddings", site.seed, site.data_key, self.embed, models.init_id(common))
         requests = {card.id: sent for card in site.cards}
         files = exchange.spool_answers(site, call, requests, check, key, "uploads/embeddings")
         if not self.anchors:

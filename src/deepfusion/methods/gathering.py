@@ -76,7 +76,7 @@ class Gathering:
         initials: folder of each architecture's first weights.
         published: what the server publishes for the embeddings.
         send_weights: whether requests hold the first weights.
-        key: hash of what the uploads depend on.
+        key: hash of what the uploads depend on besides their device's own part of [devices].
     """
 
     site: Site
@@ -177,7 +177,7 @@ def collect_uploads(
     On the disk uploads are whole, in whatever format they came.
 
     Args:
-        key: hash of what the uploads depend on; uploads of another key are thrown away.
+        key: see `exchange.spool_answers`.
         embedding_size: None where the embeddings have been sent before; those of the uploads are empty then.
     """
     arrivals = Arrivals({card.id: card.model.name for card in site.cards}, initials, upload.format, embedding_size)
@@ -284,13 +284,13 @@ def answer_with_model(device: Device, request: Payload, embed: Embedding, upload
             {exchange.EMBEDDING: exchange.describe_text(device, request, embed)},
             {"device": device.id},
         )
+    # First, because a refusal to give it away should not come after hours of training.
+    described = {exchange.EMBEDDING: exchange.describe_text(device, request, embed)} if upload.select == "all" else {}
     model = exchange.first_model(device, request)
     start = {n: t.clone() for n, t in distinct_state(model).items()} if upload.format == "delta-int8" else {}
     told = exchange.train_here(device, model)
     wire = shrink({name: tensor.detach().cpu() for name, tensor in distinct_state(model).items()}, upload.format, start)
-    arrays = {MODEL + name: tensor for name, tensor in wire.items()}
-    if upload.select == "all":
-        arrays[exchange.EMBEDDING] = exchange.describe_text(device, request, embed)
+    arrays = {**{MODEL + name: tensor for name, tensor in wire.items()}, **described}
     return Payload("model", arrays, {**told, "architecture": device.model.name})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -93,6 +93,7 @@ class Adapters(Learning):
 
     rank: int
     seed: int
+    _first: dict[Path, State] = field(default_factory=dict[Path, State], repr=False, compare=False)
 
     def state(self, model: PreTrainedModel, moe: Path, first: Path) -> State:
         """The routers, and the adapters that are beside the model; at first fresh ones, which change nothing."""
@@ -101,9 +102,11 @@ class Adapters(Learning):
         return {**adapters, **_routers(weights)}
 
     def frozen(self, first: Path) -> State:
-        """All of the first model but its routers."""
-        weights = distinct_state(models.load(first))
-        return {name: tensor for name, tensor in weights.items() if not ROUTER.search(name)}
+        """All of the first model but its routers, read once."""
+        if first not in self._first:
+            weights = distinct_state(models.load(first))
+            self._first[first] = {name: tensor for name, tensor in weights.items() if not ROUTER.search(name)}
+        return self._first[first]
 
     def settle(self, model: PreTrainedModel, state: State, first: Path, folder: Path) -> None:
         """The first model with these adapters and routers; the adapters are written beside it."""

@@ -97,6 +97,11 @@ class Rounds(RoundOptions):
     warm_start: exchange.WarmStart = field(default_factory=exchange.WarmStart)
     tune: TuneOptions = field(default_factory=TuneOptions)
 
+    @property
+    def trains_privately(self) -> bool:
+        """No: a round's part would have to be charged with those before it, and some answers tell more than a model."""
+        return False
+
     def faults_with(self, devices: FleetOptions, data: DataOptions, target: TargetOptions) -> Iterator[str]:
         """See `Method.faults_with`."""
         yield from precision_faults(
@@ -202,17 +207,15 @@ def received_model(
     return models.from_config(config, seed=0)
 
 
-Told = Mapping[str, str | int | float | bool]
-"""What an answer says of a training."""
-
-
 def train_part(device: Device, request: Payload, model: PreTrainedModel, penalty: Penalty | None) -> dict[str, Any]:
     """On the device: train the model in place on the round's part of the text; what the answer says of it."""
     parts = int(request.metadata["parts"])
     return exchange.train_here(device, model, penalty=penalty, part=request.round, parts=parts)
 
 
-def answer(request: Payload, state: State, told: Told, tables: Mapping[str, torch.Tensor] | None = None) -> Payload:
+def answer(
+    request: Payload, state: State, told: exchange.Told, tables: Mapping[str, torch.Tensor] | None = None
+) -> Payload:
     """On the device: the trained tensors as an answer, of the request's kind.
 
     Args:

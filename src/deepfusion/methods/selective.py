@@ -130,7 +130,9 @@ class SelectiveRounds(rounds.RoundOptions):
             shapes.update({name: tensor.to("meta") for name, tensor in pieces.items()})
             before: dict[Path, State] = {}
             return {
-                card.id: self._request(site, told, card, means[card.id], model.config, pieces, sent, before, hosts)
+                card.id: self._request(
+                    site, told, card, means[card.id], model.config, pieces, sent, before, hosts, learning
+                )
                 for card in self.participants(site, number)
             }
 
@@ -171,6 +173,7 @@ class SelectiveRounds(rounds.RoundOptions):
     def _request(
         self, site: Site, told: Sequence[Mapping[str, Any]], card: DeviceCard, means: Means, config: PreTrainedConfig,
         pieces: State, sent: Sequence[Path], before: dict[Path, State], hosts: dict[str, list[list[int]]],
+        learning: Learning,
     ) -> Payload:  # fmt: skip
         """What the device has not got yet, and which experts it is to hold; these are noted in `hosts`."""
         last = max((n for n, said in enumerate(told) if card.id in said["answered"]), default=-1)
@@ -184,11 +187,11 @@ class SelectiveRounds(rounds.RoundOptions):
         wanted = {n: t for n, t in pieces.items() if (at := expert_of(n)) is None or at[1] in place[at[0]]}
         if self.host == "full" and last >= 0:
             if sent[last] not in before:
-                learnt = self._learning(site.seed).state(models.load(sent[last]), sent[last], sent[0])
+                learnt = learning.state(models.load(sent[last]), sent[last], sent[0])
                 before[sent[last]] = apart(learnt)
             old = before[sent[last]]
             wanted = {n: t for n, t in wanted.items() if expert_of(n) is None or not torch.equal(t, old[n])}
-        frozen = {} if last >= 0 else self._learning(site.seed).frozen(sent[0])
+        frozen = {} if last >= 0 else learning.frozen(sent[0])
         wanted |= {FROZEN + name: tensor for name, tensor in frozen.items()}
         asked = rounds.request(wanted, with_experts(config, means.held), self.rounds)
         about = {"hosted": json.dumps(hosted), "budget": means.budget, "since": last if self.host == "full" else -1}

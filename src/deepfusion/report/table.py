@@ -45,5 +45,18 @@ def _caption(record: Record) -> str:
     return (
         f"{escape(headline(record))}\n{len(record.devices)} devices{failed}; {size(ledger.total_bytes)} in all "
         f"(up {size(ledger.upload_bytes)}, first weights {size(ledger.init_bytes)}, other down {size(ledger.download_bytes)}); "
-        f"server stages {seconds:.0f} s."
+        f"server stages {seconds:.0f} s.{_privacy(record)}"
     )
+
+
+def _privacy(record: Record) -> str:
+    """What devices' uploads tell of a document at most, where they were made with differential privacy."""
+    said: list[str] = []
+    spent = [device.epsilon for device in record.devices if device.epsilon is not None]
+    if spent:
+        delta = record.config["devices"]["privacy"]["delta"]
+        said.append(f"{len(spent)} models, each (epsilon {max(spent):.2f}, delta {delta:g})")
+    embed = record.config.get("embed", {})
+    if "epsilon" in embed:
+        said.append(f"embeddings, each (epsilon {embed['epsilon']:.2f}, delta {embed['delta']:g})")
+    return f"\nDifferential privacy for each document: {'; '.join(said)}." if said else ""

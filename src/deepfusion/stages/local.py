@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from deepfusion.data.packing import PackedText
+from deepfusion.devices.documents import PrivateDocuments
 from deepfusion.devices.features import forward
 from deepfusion.fused import Scores
 from deepfusion.losses import next_token_losses
@@ -29,7 +30,7 @@ def steps_for(
 
 def train_causal_lm(
     model: PreTrainedModel,
-    text: PackedText,
+    text: PackedText | PrivateDocuments,
     *,
     steps: int,
     optimisation: Optimisation,
@@ -42,9 +43,8 @@ def train_causal_lm(
 ) -> list[dict[str, float]]:
     """Train `model` in place on `text` by next-token cross-entropy over counted tokens; returns the history.
 
-    Used on a device for its private text and on the server for warm starts on public text.
-
     Args:
+        text: how it is read decides how it is learnt: of documents that are private, by DP-SGD, and the history has no loss.
         first_step: steps that have read of this text before; this training reads on from there.
         penalty: what is added to the loss of a MoE, out of its routing.
     """
@@ -60,7 +60,12 @@ def train_causal_lm(
         loss, _ = next_token_losses(Scores(logits_BTV), [], batch, temperature=1.0)
         return loss + penalty(routing) if penalty and routing else loss
 
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
     def backward(step: int) -> dict[str, float]:
+        if isinstance(text, PrivateDocuments):
+            text.backward(first_step + step, parameters, lambda row: compute.backward(loss_of(row.to(compute.device))))
+            return {}
         loss_sum = 0.0
         for part in range(optimisation.accumulate):
             batch = text.batch((first_step + step) * optimisation.accumulate + part, micro).to(compute.device)
@@ -71,7 +76,7 @@ def train_causal_lm(
         return {"loss": loss_sum / optimisation.accumulate}
 
     history = fit(
-        {name: p for name, p in model.named_parameters() if p.requires_grad},
+        parameters,
         backward,
         steps=steps,
         optimisation=optimisation,

@@ -11,14 +11,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 
+from deepfusion import sharding
 from deepfusion.artifacts import write_atomic
-from deepfusion.devices.features import Reading, read
+from deepfusion.devices.features import Reading, blocks, read
 from deepfusion.devices.models import load, save
 from deepfusion.devices.read_ahead import ReadAhead
 from deepfusion.losses import TeacherScores, Trust, balance_loss, listen, next_token_losses
@@ -27,6 +29,8 @@ from deepfusion.moe.base import expert_parameters
 from deepfusion.moe.routing import router_logits
 from deepfusion.training import Checkpoint, Optimisation, accelerator, derive_seed, fit, to_device
 from deepfusion.types import Batch, Progress, Proxy, Text, concatenate, silent, split_rows
+
+HISTORY = "history.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +80,7 @@ def tune(
     seed: int,
     tokenizer_folder: Path,
     scratch: Path | None = None,
+    shards: int = 1,
     progress: Progress = silent,
     out: Path,
 ) -> list[dict[str, float]]:
@@ -86,14 +91,32 @@ def tune(
         teachers: each domain's proxies; empty lists where there are none.
         texts: each domain's training text.
         scratch: a folder for what is needed to go on after a crash, or None to keep none.
+        shards: processes over which the model is divided; divides the micro-batches of a step.
         out: gets the tuned model, a Hugging Face folder, and its history as `history.json`.
 
     Returns:
         What `history.json` holds: a row for each step.
     """
     assert len(teachers) == len(texts), "one text for each domain"
+    assert options.optimisation.accumulate % shards == 0, "a share of each step for every process"
+    work = partial(_tune, moe_folder, teachers, texts, family, options, seed, tokenizer_folder, scratch, out)
+    if shards > 1:
+        sharding.together(work, shards, progress)
+    else:
+        work(progress)
+    return json.loads((out / HISTORY).read_text())
+
+
+def _tune(
+    moe_folder: Path, teachers: Sequence[Sequence[Proxy]], texts: Sequence[Text], family: Family, options: TuneOptions,
+    seed: int, tokenizer_folder: Path, scratch: Path | None, out: Path, progress: Progress,
+) -> None:  # fmt: skip
+    """The arguments of `tune`, in one of the processes that do it."""
     optimisation = options.optimisation
-    model = to_device(load(moe_folder), optimisation).train()
+    device, model = accelerator(optimisation.precision).device, load(moe_folder).train()
+    if sharding.count() > 1:
+        sharding.divide(blocks(model), device)
+    model = to_device(model, optimisation)
     if optimisation.gradient_checkpointing:
         model.activation_checkpointing_enable()
     experts = set(expert_parameters(model))
@@ -117,9 +140,19 @@ def tune(
         progress=progress,
         checkpoint=Checkpoint(scratch / "tune.safetensors") if scratch else None,
     )
-    save(model, out, tokenizer_folder)
-    write_atomic(out / "history.json", json.dumps(history))
-    return history
+    if sharding.count() > 1:
+        model = _put_together(model, load(moe_folder))
+    if sharding.number() == 0:
+        save(model, out, tokenizer_folder)
+        write_atomic(out / HISTORY, json.dumps(history))
+
+
+@torch.no_grad()
+def _put_together(divided: PreTrainedModel, copy: PreTrainedModel) -> PreTrainedModel:
+    """`copy` with the tensors of a divided model; tensor by tensor, so that no GPU holds it all."""
+    for name, parameter in divided.named_parameters():
+        copy.get_parameter(name).copy_(sharding.whole(parameter))
+    return copy
 
 
 def domain_rows(texts: Sequence[Text], step: int, batch_size: int) -> tuple[Batch, list[range]]:
@@ -142,10 +175,11 @@ def _step(
     """The backward pass of one optimiser step. A domain: its text, its teachers reading it, and their omegas."""
     compute = accelerator(options.optimisation.precision)
     size, parts = options.optimisation.batch_size, options.optimisation.accumulate
+    own = parts // sharding.count()
 
     def backward(step: int) -> dict[str, float]:
         sums: dict[str, torch.Tensor] = {}
-        for part in range(parts):
+        for part in range(sharding.number() * own, (sharding.number() + 1) * own):
             batch, rows = domain_rows([text for text, _, _ in domains], step * parts + part, size)
             reads = [
                 list(zip(ahead(mine.start, mine.stop), weights, strict=True)) if mine else []
@@ -154,10 +188,10 @@ def _step(
             with compute.autocast():
                 counts = [len(mine) for mine in rows]
                 losses = tuning_losses(model, reads, batch.to(compute.device), counts, family, options)
-            compute.backward(losses["loss"] / parts)
+            compute.backward(losses["loss"] / own)
             for key, value in losses.items():
-                sums[key] = sums.get(key, 0.0) + value.detach() / parts
-        return {key: float(total) for key, total in sums.items()}
+                sums[key] = sums.get(key, 0.0) + value.detach() / own
+        return {key: sharding.average(float(total)) for key, total in sums.items()}
 
     return backward
 

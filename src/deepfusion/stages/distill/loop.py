@@ -13,7 +13,8 @@ import os
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, cast
 
@@ -25,6 +26,7 @@ from deepfusion.artifacts import write_atomic
 from deepfusion.devices.models import load, save
 from deepfusion.moe import Family
 from deepfusion.moe.single import compute_as_mlp
+from deepfusion.spread import spread
 from deepfusion.stages.distill.align import check_same_vocabulary
 from deepfusion.stages.distill.base import Adapter, DistillOptions, Exits, Rule
 from deepfusion.stages.distill.objective import Teacher, domain_losses, reader
@@ -69,6 +71,7 @@ def distill(
     tokenizer_folder: Path,
     scratch: Path | None = None,
     progress: Progress = silent,
+    workers: int = 1,
     out: Path,
 ) -> History:
     """Distil each domain's teachers into a student grown from the same base (DeepFusion, eq. 11).
@@ -80,6 +83,7 @@ def distill(
         target: configuration of the MoE that the students will be merged into.
         slices: experts that one student is cut into, 1 unless merged with `split`.
         scratch: a folder for what is needed to go on after a crash, or None to keep none.
+        workers: students that are distilled at a time where they are independent, see `spread`.
         out: gets one Hugging Face folder a domain, `0`, `1`, ..., and `history.json`.
 
     Returns:
@@ -99,7 +103,12 @@ def distill(
     if recipe == "joint":
         history = {"joint": job.train("joint", range(len(teachers)), out)}
     else:
-        history = {str(k): job.train_once(k, out) for k in range(len(teachers))}
+        away = job if workers == 1 else replace(job, progress=silent)  # a worker has nobody to tell
+        count = len(teachers)
+        rows = spread(
+            partial(away.train_once, out=out), range(count), workers, done=lambda n: progress("distil students", n, count, "")
+        )  # fmt: skip
+        history = {str(k): each for k, each in enumerate(rows)}
     write_atomic(out / "history.json", json.dumps(history))
     return history
 

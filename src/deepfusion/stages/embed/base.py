@@ -8,7 +8,10 @@ import math
 from typing import Protocol
 
 import numpy as np
+import torch
 
+from deepfusion.devices.noise import Noise
+from deepfusion.errors import UploadError
 from deepfusion.registry import Registry
 from deepfusion.training import derive_seed
 from deepfusion.types import Corpus, State
@@ -18,17 +21,24 @@ class Embedding(Protocol):
     """Made on the device from its text, in one space for all devices (method, section 4A and 4B)."""
 
     dimension: int
+    epsilon: float | None
+    """Privacy of each document in the embedding; None without noise."""
+    delta: float
 
     def publish(self, public: Corpus, seed: int) -> State:
         """What the server sends to every device, once: statistics of the public text."""
         ...
 
-    def embed(self, corpus: Corpus, published: State, seed: int, noise_seed: int) -> np.ndarray:
+    def embed(self, corpus: Corpus, published: State, seed: int, noise: Noise) -> np.ndarray:
         """The unit vector (D,) of a device's text, rounded to float16; all zero for a corpus without a word.
 
         Args:
+            published: what the server sent; a device trusts none of it.
             seed: the run's seed, the same for all devices.
-            noise_seed: the device's own, for what privacy noise there is; whoever knows it can take the noise off again.
+            noise: the device's own, for what privacy noise there is.
+
+        Raises:
+            UploadError: `published` is nothing that `publish` makes.
         """
         ...
 
@@ -38,6 +48,23 @@ class Embedding(Protocol):
 
 
 embeddings: Registry[Embedding] = Registry("embed")
+
+
+def published_vector(published: State, name: str, size: int) -> np.ndarray:
+    """A vector out of what the server publishes, (size,), float64.
+
+    Raises:
+        UploadError: it is missing, of another shape, or not of finite numbers.
+    """
+    vector = published.get(name)
+    if vector is None or tuple(vector.shape) != (size,) or not vector.is_floating_point():
+        found = "none" if vector is None else f"{vector.dtype} {list(vector.shape)}"
+        raise UploadError(
+            f'server: published "{name}" is {found}, not {size} floating numbers; use one version on both sides'
+        )
+    if not bool(torch.isfinite(vector).all()):
+        raise UploadError(f'server: published "{name}" is not finite; use one version on both sides')
+    return vector.double().numpy()
 
 
 def unit_rows(rows_UD: np.ndarray) -> np.ndarray:

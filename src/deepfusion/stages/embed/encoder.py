@@ -6,14 +6,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from deepfusion.devices.noise import Noise
 from deepfusion.errors import ModelError
-from deepfusion.stages.embed.base import embeddings, projection, to_wire, unit_rows
+from deepfusion.stages.embed.base import embeddings, projection, published_vector, to_wire, unit_rows
 from deepfusion.training import accelerator
 from deepfusion.types import Corpus, State
 
@@ -30,6 +31,9 @@ class FrozenEncoder:
         batch_size: documents encoded together.
     """
 
+    epsilon: ClassVar[None] = None
+    delta: ClassVar[float] = 0.0
+
     model: str
     dimension: int = 64
     max_tokens: int = 128
@@ -45,12 +49,12 @@ class FrozenEncoder:
         """Mean encoding of the public text, (H,)."""
         return {"mean": torch.from_numpy(_mean(self._encode(public))).float()}
 
-    def embed(self, corpus: Corpus, published: State, seed: int, noise_seed: int) -> np.ndarray:
+    def embed(self, corpus: Corpus, published: State, seed: int, noise: Noise) -> np.ndarray:
         """See `Embedding.embed`."""
         encoded_UH = self._encode(corpus)
         if not encoded_UH.any():
             return np.zeros(self.dimension, np.float32)
-        centred_H = _mean(encoded_UH) - published["mean"].double().numpy()
+        centred_H = _mean(encoded_UH) - published_vector(published, "mean", encoded_UH.shape[1])
         return to_wire(centred_H @ projection(len(centred_H), self.dimension, seed))
 
     def embed_documents(self, corpus: Corpus, published: State, seed: int) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from deepfusion.devices.noise import Noise
 from deepfusion.stages.embed.base import embeddings, to_wire
 from deepfusion.stages.embed.tfidf import HashedTfidf
 from deepfusion.training import derive_seed
@@ -30,6 +31,8 @@ class ServerProbe:
     """
 
     dimension: ClassVar[int] = 0
+    epsilon: ClassVar[None] = None
+    delta: ClassVar[float] = 0.0
 
     documents: int = 512
     width: int = 64
@@ -45,7 +48,7 @@ class ServerProbe:
         """Nothing."""
         return {}
 
-    def embed(self, corpus: Corpus, published: State, seed: int, noise_seed: int) -> np.ndarray:
+    def embed(self, corpus: Corpus, published: State, seed: int, noise: Noise) -> np.ndarray:
         """No number at all."""
         return np.zeros(0, np.float32)
 
