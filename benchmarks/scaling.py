@@ -48,6 +48,14 @@ def texts(count: int, seed: int) -> list[str]:
     return [" ".join(generator.choice(WORDS, size=120, p=share / share.sum())) for _ in range(count)]
 
 
+def embeddings(count: int, domains: int) -> np.ndarray:
+    """Unit vectors around as many directions at right angles as there are domains, (count, WIDTH)."""
+    generator = np.random.default_rng(0)
+    centre_KD = np.linalg.qr(generator.normal(size=(WIDTH, domains)))[0].T
+    embedding_ND = centre_KD[np.arange(count) % domains] + 0.1 * generator.normal(size=(count, WIDTH))
+    return embedding_ND / np.linalg.norm(embedding_ND, axis=1, keepdims=True)
+
+
 def make_fleet(folder: Path, preset: str) -> None:
     """A tokenizer, the first weights, and sixteen uploads that were moved away from them."""
     make_tokenizer(TokenizerOptions(vocab_size=VOCABULARY), texts(400, 0), folder, folder / "tokenizer")
@@ -66,10 +74,7 @@ def make_fleet(folder: Path, preset: str) -> None:
 
 def phase_one(folder: Path, count: int) -> dict[str, float]:
     """Cluster `count` uploads and average their proxies; seconds, and the peak memory above what imports took."""
-    generator = np.random.default_rng(0)
-    centre_KD = np.linalg.qr(generator.normal(size=(WIDTH, DOMAINS)))[0].T
-    embedding_ND = centre_KD[np.arange(count) % DOMAINS] + 0.1 * generator.normal(size=(count, WIDTH))
-    embedding_ND /= np.linalg.norm(embedding_ND, axis=1, keepdims=True)
+    embedding_ND = embeddings(count, DOMAINS)
     started_from = (folder / "init_id").read_text()
     uploads = [
         Upload(

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from deepfusion.statistics import paired_difference
+from deepfusion.statistics import mean_and_deviation, paired_difference
 
 HEAD = """| row | seeds | test perplexity | nats | against public only | nats above main (95% interval) | validation, nats | |
 |---|---|---|---|---|---|---|---|"""
@@ -44,7 +43,9 @@ def _references(mains: dict[int, dict[str, Any]]) -> list[str]:
         values = [main["baselines"][name] for main in mains.values() if main["baselines"].get(name)]
         if values:
             nats = [value.get("mean", value)["log_perplexity"] for value in values]
-            lines.append(f"| {title} | {len(nats)} | {_perplexity(nats)} | {_spread(nats, 3)} | | | | {about} |")
+            lines.append(
+                f"| {title} | {len(nats)} | {_perplexity(nats)} | {mean_and_deviation(nats, 3)} | | | | {about} |"
+            )
     return lines
 
 
@@ -58,8 +59,17 @@ def _line(name: str, row: dict[int, dict[str, Any]], mains: dict[int, dict[str, 
     ]  # fmt: skip
     both = sorted(row.keys() & mains.keys())
     gap = "" if name == "main" or not both else _gap([row[seed] for seed in both], [mains[seed] for seed in both])
-    against = f"{_spread([100 * share for share in public], 1)}% better" if public else ""
-    cells = (name, len(nats), _perplexity(nats), _spread(nats, 3), against, gap, _spread(validation, 3), about)
+    against = f"{mean_and_deviation([100 * share for share in public], 1)}% better" if public else ""
+    cells = (
+        name,
+        len(nats),
+        _perplexity(nats),
+        mean_and_deviation(nats, 3),
+        against,
+        gap,
+        mean_and_deviation(validation, 3),
+        about,
+    )
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
@@ -72,9 +82,4 @@ def _gap(rows: list[dict[str, Any]], mains: list[dict[str, Any]]) -> str:
 
 
 def _perplexity(nats: list[float]) -> str:
-    return _spread([math.exp(value) for value in nats], 1)
-
-
-def _spread(values: list[float], digits: int) -> str:
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
+    return mean_and_deviation([math.exp(value) for value in nats], 1)
