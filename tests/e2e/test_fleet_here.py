@@ -289,7 +289,7 @@ def test_a_full_disk_on_a_device_is_told_and_mended(layout: Layout, monkeypatch:
 
 def test_a_request_that_takes_too_long_is_ended_by_the_device(layout: Layout) -> None:
     path = layout.devices()["device-000"]
-    path.write_text(path.read_text().replace("hours = 24.0", "hours = 0.002"))
+    path.write_text(path.read_text().replace("hours = 24.0", "hours = 0.0005"))
     config = server_config(layout, "devices.epochs=1e6", "devices.max_steps=100000000")
     config = replace(config, devices=replace(config.devices, named=config.devices.named[:1]))
     node = {"device": str(path)}
