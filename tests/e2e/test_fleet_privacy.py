@@ -139,3 +139,4 @@ def test_statistics_that_single_out_a_word_are_refused_by_the_device(layout: Lay
     device = job.open_workshop(load_device(path), path, sent, 1).device(request)
     with pytest.raises(job.UploadError, match="weighs a word 20 times as much as the median one"):
         config.method.client(device, request)
+    assert not list(layout.device(IDS[0]).rglob("account.jsonl")), "what was not given away is not charged"

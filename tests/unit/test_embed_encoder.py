@@ -20,8 +20,10 @@ from deepfusion.types import State
 FOX, BOX = ["the quick brown fox", "the fox jumps over the dog"], ["pack my box", "five dozen jugs in my box"]
 PUBLIC = corpus_of([*FOX, *BOX, "the dog naps"])
 
-NOISE = Noise(bytes(32))
-"""An encoder's embedding has none on it."""
+
+def no_noise() -> Noise:
+    """An encoder's embedding has none on it."""
+    return Noise(bytes(32))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def published(encoder: FrozenEncoder) -> State:
 
 
 def test_an_embedding_is_a_unit_vector_of_float16_numbers(encoder: FrozenEncoder, published: State) -> None:
-    vector_D = encoder.embed(corpus_of(FOX), published, 0, noise=NOISE)
+    vector_D = encoder.embed(corpus_of(FOX), published, 0, no_noise)
     assert vector_D.shape == (32,)
     assert np.array_equal(vector_D, vector_D.astype(np.float16).astype(np.float32))
     assert np.linalg.norm(vector_D) == pytest.approx(1, abs=1e-3)
@@ -57,31 +59,29 @@ def test_an_embedding_is_a_unit_vector_of_float16_numbers(encoder: FrozenEncoder
 def test_one_corpus_has_cosine_one_in_any_order_and_batching(encoder: FrozenEncoder, published: State) -> None:
     other = FrozenEncoder(model=encoder.model, dimension=32, max_tokens=32, batch_size=3)
     texts = [*FOX, *BOX]
-    vector_D = encoder.embed(corpus_of(texts), published, 0, noise=NOISE)
-    again_D = other.embed(corpus_of(texts[::-1]), published, 0, noise=NOISE)
+    vector_D = encoder.embed(corpus_of(texts), published, 0, no_noise)
+    again_D = other.embed(corpus_of(texts[::-1]), published, 0, no_noise)
     assert vector_D @ again_D == pytest.approx(1, abs=2e-3)
 
 
 def test_unlike_text_is_told_apart(encoder: FrozenEncoder, published: State) -> None:
-    vectors = [
-        encoder.embed(corpus_of(texts), published, 0, noise=NOISE) for texts in (FOX[:1], [FOX[0] + " naps"], BOX)
-    ]
+    vectors = [encoder.embed(corpus_of(texts), published, 0, no_noise) for texts in (FOX[:1], [FOX[0] + " naps"], BOX)]
     assert vectors[0] @ vectors[2] < vectors[0] @ vectors[1]
 
 
 def test_blank_text_gives_the_zero_vector_and_changes_no_mean(encoder: FrozenEncoder, published: State) -> None:
     for texts in ([], [""], [" ", "\n"]):
-        assert not encoder.embed(corpus_of(texts), published, 0, noise=NOISE).any()
+        assert not encoder.embed(corpus_of(texts), published, 0, no_noise).any()
     rows_UD = encoder.embed_documents(corpus_of(["", *FOX]), published, 0)
     assert np.linalg.norm(rows_UD, axis=1) == pytest.approx([0, 1, 1])
-    padded = encoder.embed(corpus_of(["", *FOX, " "]), published, 0, noise=NOISE)
-    assert padded @ encoder.embed(corpus_of(FOX), published, 0, noise=NOISE) == pytest.approx(1, abs=2e-3)
+    padded = encoder.embed(corpus_of(["", *FOX, " "]), published, 0, no_noise)
+    assert padded @ encoder.embed(corpus_of(FOX), published, 0, no_noise) == pytest.approx(1, abs=2e-3)
 
 
 def test_a_long_document_is_cut_to_what_is_read(encoder: FrozenEncoder, published: State) -> None:
     short = FrozenEncoder(model=encoder.model, dimension=32, max_tokens=4)
     ends = [["the fox", tail] for tail in ("the quick fox jumps over " * 40, "the quick fox jumps over " * 9)]
-    first, second = (short.embed(corpus_of(texts), published, 0, noise=NOISE) for texts in ends)
+    first, second = (short.embed(corpus_of(texts), published, 0, no_noise) for texts in ends)
     assert np.array_equal(first, second)
 
 

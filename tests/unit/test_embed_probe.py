@@ -30,7 +30,7 @@ def test_devices_send_no_number_and_receive_none() -> None:
     assert embeddings["probe"] is ServerProbe
     assert PROBE.dimension == 0
     assert PROBE.publish(PUBLIC, 0) == {}
-    assert PROBE.embed(PUBLIC, {}, 0, noise=Noise(bytes(32))).shape == (0,)
+    assert PROBE.embed(PUBLIC, {}, 0, lambda: Noise(bytes(32))).shape == (0,)
 
 
 def test_probes_are_distinct_documents_that_the_seed_decides() -> None:

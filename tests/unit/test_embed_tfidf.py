@@ -33,7 +33,7 @@ def published() -> State:
 
 
 def embed_texts(texts: list[str], published: State, embedding: HashedTfidf | None = None, noise: int = 0) -> np.ndarray:
-    return (embedding or HashedTfidf()).embed(corpus_of(texts), published, 0, noise=Noise(bytes([noise] * 32)))
+    return (embedding or HashedTfidf()).embed(corpus_of(texts), published, 0, lambda: Noise(bytes([noise] * 32)))
 
 
 def fleet(published: State, seed: int, topical: float = 0.2) -> np.ndarray:
@@ -92,7 +92,7 @@ def test_pythons_hash_salt_does_not_change_a_bit(published: State) -> None:
         "from deepfusion.stages.embed.tfidf import HashedTfidf\n"
         "from deepfusion.devices.noise import Noise\n"
         "e = HashedTfidf(); p = e.publish(public_text(4), 0)\n"
-        "print(e.embed(corpus_of(documents(0, 5, 0)), p, 0, Noise(bytes(32))).tobytes().hex())"
+        "print(e.embed(corpus_of(documents(0, 5, 0)), p, 0, lambda: Noise(bytes(32))).tobytes().hex())"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "4242"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

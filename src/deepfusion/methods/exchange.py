@@ -167,7 +167,8 @@ def describe_text(device: Device, request: Payload, embed: Embedding) -> torch.T
     epsilon = math.inf if embed.epsilon is None else embed.epsilon
     release = Release(what="embedding", text=text_digest(device.corpus), epsilon=epsilon, delta=embed.delta)
     published, run_seed = with_prefix(request, PUBLISHED), int(request.metadata["run_seed"])
-    return torch.from_numpy(embed.embed(device.corpus, published, run_seed, device.releases.grant(release))).half()
+    vector_D = embed.embed(device.corpus, published, run_seed, lambda: device.releases.grant(release))
+    return torch.from_numpy(vector_D).half()
 
 
 def train_here(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -29,16 +30,17 @@ class Embedding(Protocol):
         """What the server sends to every device, once: statistics of the public text."""
         ...
 
-    def embed(self, corpus: Corpus, published: State, seed: int, noise: Noise) -> np.ndarray:
+    def embed(self, corpus: Corpus, published: State, seed: int, grant: Callable[[], Noise]) -> np.ndarray:
         """The unit vector (D,) of a device's text, rounded to float16; all zero for a corpus without a word.
 
         Args:
             published: what the server sent; a device trusts none of it.
             seed: the run's seed, the same for all devices.
-            noise: the device's own, for what privacy noise there is.
+            grant: the owner's leave, with the device's own noise; asked for once `published` has been checked, as it may cost.
 
         Raises:
             UploadError: `published` is nothing that `publish` makes.
+            PrivacyError: out of `grant`.
         """
         ...
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -49,12 +49,14 @@ class FrozenEncoder:
         """Mean encoding of the public text, (H,)."""
         return {"mean": torch.from_numpy(_mean(self._encode(public))).float()}
 
-    def embed(self, corpus: Corpus, published: State, seed: int, noise: Noise) -> np.ndarray:
+    def embed(self, corpus: Corpus, published: State, seed: int, grant: Callable[[], Noise]) -> np.ndarray:
         """See `Embedding.embed`."""
         encoded_UH = self._encode(corpus)
+        mean_H = published_vector(published, "mean", encoded_UH.shape[1])
+        grant()  # there is no noise in it
         if not encoded_UH.any():
             return np.zeros(self.dimension, np.float32)
-        centred_H = _mean(encoded_UH) - published_vector(published, "mean", encoded_UH.shape[1])
+        centred_H = _mean(encoded_UH) - mean_H
         return to_wire(centred_H @ projection(len(centred_H), self.dimension, seed))
 
     def embed_documents(self, corpus: Corpus, published: State, seed: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -48,7 +48,7 @@ class ServerProbe:
         """Nothing."""
         return {}
 
-    def embed(self, corpus: Corpus, published: State, seed: int, noise: Noise) -> np.ndarray:
+    def embed(self, corpus: Corpus, published: State, seed: int, grant: Callable[[], Noise]) -> np.ndarray:
         """No number at all."""
         return np.zeros(0, np.float32)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -83,9 +83,9 @@ class HashedTfidf:
         idf = torch.from_numpy(idf).half()
         return {"idf": idf, "mean": torch.from_numpy(self._mean(public, idf.double().numpy())).half()}
 
-    def embed(self, corpus: Corpus, published: State, seed: int, noise: Noise) -> np.ndarray:
+    def embed(self, corpus: Corpus, published: State, seed: int, grant: Callable[[], Noise]) -> np.ndarray:
         """See `Embedding.embed`."""
-        idf, mean = self._checked(published)
+        (idf, mean), noise = self._checked(published), grant()
         if len(corpus) == 0:
             return np.zeros(self.dimension, np.float32)
         projection_HD = projection(2**self.hash_bits, self.dimension, seed)
