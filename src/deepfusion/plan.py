@@ -15,8 +15,8 @@ from deepfusion.config import RunConfig
 from deepfusion.devices import memory
 from deepfusion.devices.fleet import cards
 from deepfusion.methods import DeepFusion, methods
-from deepfusion.methods.base import Training
-from deepfusion.methods.budget import Shapes
+from deepfusion.methods.base import Method, Training
+from deepfusion.methods.budget import Shapes, message
 from deepfusion.moe import families
 from deepfusion.run import largest_trainings, own_configs, shapes_of
 
@@ -94,7 +94,7 @@ def make_plan(config: RunConfig) -> Plan:
         )
     else:
         need = memory.training_memory(target, method.tune.optimisation, shapes.length).total
-    uploads = _sum(row.upload_bytes and row.devices * row.upload_bytes for row in rows)
+    uploads = _sum(row.upload_bytes and _all_uploads(row, method, shapes.domains) for row in rows)
     kept = 4 * ((domains or 0) * memory.num_parameters(student) + (3 + getattr(method, "rounds", 0)) * parameters)
     return Plan(
         name=config.name,
@@ -110,6 +110,14 @@ def make_plan(config: RunConfig) -> Plan:
         server_memory_bytes=need,
         disk_bytes=2 * (uploads or 0) + kept,
     )
+
+
+def _all_uploads(row: ArchitecturePlan, method: Method, domains: int) -> int:
+    """Bytes of all devices of an architecture, at most; who is not asked for a model sends an embedding only."""
+    if not isinstance(method, DeepFusion):
+        return row.devices * (row.upload_bytes or 0)
+    models = method.upload.senders(row.devices, domains)
+    return models * (row.upload_bytes or 0) + (row.devices - models) * message(0, 2 * method.embed.dimension)
 
 
 def _sum(parts: Iterable[int | None]) -> int | None:

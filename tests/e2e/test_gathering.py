@@ -68,11 +68,16 @@ def test_a_format_saves_what_it_says_and_the_server_keeps_whole_models(
             assert float(moved) <= error * max(float(tensor.abs().max()), 0.1), name
 
 
-def test_medoids_train_and_send_a_model_the_others_only_their_embedding(medoids: tuple[Path, Record]) -> None:
+def test_medoids_train_and_send_a_model_the_others_only_their_embedding(
+    root: Path, medoids: tuple[Path, Record]
+) -> None:
     folder, record = medoids
     asked = json.loads((folder / ASKED).read_text())
     groups = {(device.cluster, device.architecture) for device in record.devices}
     assert len(asked) == len(groups) < len(record.devices) == 6
+    priced = make_plan(parse_config(tree_of(root, select="medoids", medoids=1))).upload_bytes
+    assert priced is not None
+    assert sum(Ledger(folder / "ledger.jsonl").by_device("up").values()) < priced + 12 * 8_000  # names, shapes, frames
     assert sorted(path.stem for path in (folder / "uploads").glob("*.safetensors")) == asked
     assert record.clusters is not None
     assert len(record.clusters.labels) == 6, "everybody belongs to a domain"
@@ -82,6 +87,17 @@ def test_medoids_train_and_send_a_model_the_others_only_their_embedding(medoids:
     assert record.budget is not None
     assert record.budget.device_tokens == steps * 4 * 32, "who is not asked trains nothing"
     assert any("were asked for their models" in note for note in record.notes)
+
+
+def test_a_plan_counts_only_medoids_models(root: Path) -> None:
+    one = {"cluster": {"type": "kmeans", "num_clusters": 1}}
+    wide, narrow = (
+        make_plan(parse_config({**tree_of(root, select=select, medoids=1), **one})).upload_bytes
+        for select in ("all", "medoids")
+    )
+    assert wide is not None
+    assert narrow is not None
+    assert 0.3 * wide < narrow < 0.4 * wide, "one of three devices of each architecture"
 
 
 def test_a_resumed_run_asks_nobody_again(root: Path, medoids: tuple[Path, Record]) -> None:

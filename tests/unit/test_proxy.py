@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from deepfusion.devices.models import from_config, load, save
-from deepfusion.errors import UploadError
+from deepfusion.errors import ModelError, UploadError
 from deepfusion.stages import proxy
 from deepfusion.stages.proxy import MODEL, SCREENED, Judge, ProxyOptions, load_proxies, make_proxies
 from deepfusion.state_dicts import distinct_state
@@ -247,9 +247,11 @@ def test_one_hostile_model_of_five_moves_a_robust_average_no_further_than_the_ot
     assert len(found.members) == 5
 
 
-def screening(site: dict[str, Path], tmp_path: Path, nats: list[float], screen: float | None) -> list[Proxy]:
-    """Proxies of devices with these nats on their domain's text, of a start with 5 nats."""
-    values = iter([*([5.0] if screen is not None else []), *nats])
+def screening(
+    site: dict[str, Path], tmp_path: Path, nats: list[float], screen: float | None, start: float = 5.0
+) -> list[Proxy]:
+    """Proxies of devices with these nats on their domain's text, of a start with so many."""
+    values = iter([*([start] if screen is not None else []), *nats])
     uploads = [upload(site, tmp_path, i, "gpt2-pico", seed=i) for i in range(len(nats))]
     (tmp_path / "out").mkdir()
     make_proxies(
@@ -277,6 +279,11 @@ def test_without_a_screen_everybody_counts(site: dict[str, Path], tmp_path: Path
 def test_a_domain_of_which_nobody_is_left_is_named(site: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UploadError, match=r"domain 0: no model is left \(d0 predicts .* raise \[proxy\] screen"):
         screening(site, tmp_path, [9.0, 8.0], 0.5)
+
+
+def test_a_start_that_cannot_be_judged_stops_the_screening(site: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="the weights that d0, d1 started from predict NaN"):
+        screening(site, tmp_path, [4.0, 4.0], 0.5, start=float("nan"))
 
 
 @pytest.mark.parametrize(

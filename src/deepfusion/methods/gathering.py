@@ -55,6 +55,10 @@ class UploadOptions:
         if self.medoids < 1:
             yield f"medoids = {self.medoids}: no model would arrive; choose at least 1"
 
+    def senders(self, devices: int, domains: int) -> int:
+        """How many of so many devices of one architecture send their model, at most."""
+        return min(devices, self.medoids * domains) if self.select == "medoids" else devices
+
 
 class Described(NamedTuple):
     """What the server knows of N devices before it groups them."""

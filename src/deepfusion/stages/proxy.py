@@ -144,6 +144,9 @@ def _screened(
     if not options.judges:
         return group, {}
     start, expected = math.inf if options.screen is None else judge(model), distinct_state(model)
+    if math.isnan(start):
+        who = ", ".join(upload.device_id for upload in group)
+        raise ModelError(f"the weights that {who} started from predict NaN: nothing can be screened by them")
     alone = {upload.device_id: _nats(model, _mean([upload], options, expected), judge) for upload in group}
     for upload in group:
         if (nats := alone[upload.device_id]) > start + (options.screen or 0):
