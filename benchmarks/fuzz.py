@@ -3,7 +3,8 @@
 
 Each is a good upload of a device with one thing wrong, of a kind drawn at random, and goes the way of every arrival: decoded,
 opened, checked. With --guided N as many more come from a coverage-guided fuzzer (`pip install atheris`), which changes
-any bytes: these may be good by chance, so only crashes count.
+any bytes and puts such things on top of one another, after what reaches new lines of our code: these may be good by chance, so
+only crashes count, and whatever takes longer than 5 s.
 
 python benchmarks/fuzz.py [--count 100000] [--format int8] [--seed 0] [--guided 0]
 """
@@ -17,20 +18,26 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any, get_args
 
 import numpy as np
 import torch
 
+from deepfusion import state_dicts
 from deepfusion.data.options import TokenizerOptions
 from deepfusion.data.tokenizer import make_tokenizer
 from deepfusion.devices.models import from_config, init_id, make_config, save
 from deepfusion.devices.presets import PRESETS
 from deepfusion.errors import UploadError
+from deepfusion.federation import formats
+from deepfusion.federation import payload as blobs
 from deepfusion.federation.formats import CODES, Format, shrink
 from deepfusion.federation.payload import decode, encode
+from deepfusion.methods import exchange, gathering
 from deepfusion.methods.gathering import Arrivals
 from deepfusion.stages.proxy import MODEL
 from deepfusion.state_dicts import distinct_state
@@ -55,8 +62,7 @@ def good_upload(folder: Path, form: Format) -> tuple[bytes, Arrivals]:
 
 def admit(blob: bytes, arrivals: Arrivals) -> None:
     """What the server does with an arrival. Raises UploadError where it is refused."""
-    payload = arrivals.opened(DEVICE, decode(blob, source=f"device {DEVICE}"))
-    arrivals.check(DEVICE, payload)
+    arrivals.check(DEVICE, arrivals.opened(DEVICE, decode(blob, source=f"device {DEVICE}")))
 
 
 # ------------------------------------------------------------------------------------------------ one thing wrong
@@ -248,11 +254,21 @@ def count(seed: int, number_of: int, blob: bytes, arrivals: Arrivals) -> None:
     print(f"\nlongest: {1000 * longest:.0f} ms")
 
 
-def guided(number_of: int, blob: bytes, arrivals: Arrivals) -> None:
+def functions_of(module: ModuleType) -> Iterator[FunctionType]:
+    """Those that a module defines, methods of its classes too."""
+    for owner in (module, *(each for each in vars(module).values() if isinstance(each, type))):
+        for each in vars(owner).values():
+            if isinstance(each, FunctionType) and each.__module__ == module.__name__:
+                yield each
+
+
+def guided(seed: int, number_of: int, blob: bytes, arrivals: Arrivals) -> None:
     """As many inputs of a coverage-guided fuzzer, which ends the process where anything but UploadError is raised."""
     import atheris
 
-    atheris.instrument_all()
+    for module in (blobs, formats, gathering, exchange, state_dicts):  # what reads an arrival, without torch
+        for function in functions_of(module):
+            atheris.instrument_func(function)
 
     def one(data: bytes) -> None:
         try:
@@ -260,9 +276,17 @@ def guided(number_of: int, blob: bytes, arrivals: Arrivals) -> None:
         except UploadError:
             return
 
+    def change(data: bytes, most: int, seed: int) -> bytes:
+        rng = np.random.default_rng(seed)
+        if rng.random() < 0.5:
+            with suppress(Exception):  # too broken for it already
+                return KINDS[str(rng.choice(list(KINDS)))](rng, data)[:most]
+        return atheris.Mutate(data, most)
+
     with tempfile.TemporaryDirectory() as corpus:
         (Path(corpus) / "good").write_bytes(blob)
-        atheris.Setup([sys.argv[0], f"-runs={number_of}", f"-max_len={2 * len(blob)}", "-timeout=5", corpus], one)
+        how = [f"-runs={number_of}", f"-max_len={2 * len(blob)}", "-timeout=5", f"-seed={seed}"]
+        atheris.Setup([sys.argv[0], *how, corpus], one, custom_mutator=change)
         atheris.Fuzz()
 
 
@@ -281,7 +305,7 @@ def main() -> None:
         admit(blob, arrivals)
         count(asked.seed, asked.count, blob, arrivals)
         if asked.guided:
-            guided(asked.guided, blob, arrivals)
+            guided(asked.seed + 1, asked.guided, blob, arrivals)
 
 
 if __name__ == "__main__":
