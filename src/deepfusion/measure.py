@@ -32,11 +32,14 @@ from deepfusion.record import (
 )  # fmt: skip
 from deepfusion.run import Notes, versions
 from deepfusion.spending import budget_of, devices_of
+from deepfusion.stages.cluster import similarity
 from deepfusion.stages.evaluate import Score, by_domain, expert_load, mutual_information, score_documents, total
 from deepfusion.stages.proxy import load_proxies, load_upload
 from deepfusion.types import Proxy
 
 CURVE_POINTS = 400
+MOST_PAIRED = 64
+"""With more devices than this, the record does not hold the cosine of every pair."""
 """Longest curve in the record; longer ones are thinned."""
 
 
@@ -229,7 +232,7 @@ def read_clusters(folder: Path) -> ClusterRecord | None:
     return ClusterRecord(
         num_clusters=len(table["members"]),
         labels={device: labels[device] for device in table["device_ids"]},
-        similarity=table["similarity"],
+        similarity=np.round(similarity(embedding_ND), 4).tolist() if len(labels) <= MOST_PAIRED else None,
         projection=np.round(flat_N2, 4).tolist(),
     )
 

@@ -167,13 +167,13 @@ class ClusterRecord(_Part):
 
     Attributes:
         labels: domain of each device.
-        similarity: cosine of each pair of devices, in the order of `labels`.
+        similarity: cosine of each pair of devices, in the order of `labels`; None where devices are many.
         projection: two coordinates of each device, for a map.
     """
 
     num_clusters: int
     labels: dict[str, int]
-    similarity: list[list[float]]
+    similarity: list[list[float]] | None
     projection: list[list[float]]
 
 

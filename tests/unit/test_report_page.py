@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
+from deepfusion.artifacts import write_atomic
 from deepfusion.errors import DataError
+from deepfusion.measure import MOST_PAIRED, read_clusters
 from deepfusion.record import (
     Baselines,
     ClusterRecord,
@@ -26,6 +30,8 @@ from deepfusion.report.events import write_events
 from deepfusion.report.page import write_report
 from deepfusion.report.rows import headline, size
 from deepfusion.report.table import summary_table
+from deepfusion.stages.cluster import describe
+from deepfusion.types import Clusters
 
 EVIL = "<script>alert('x')</script>"
 
@@ -54,7 +60,8 @@ def sample(num_devices: int = 5, domains: tuple[str, ...] = ("law", EVIL), *, wh
         ],
         clusters=ClusterRecord(
             num_clusters=min(2, num_devices), labels={name: n % 2 for n, name in enumerate(ids)},
-            similarity=[[1.0] * len(ids)] * len(ids), projection=[[float(n), 0.5] for n in range(len(ids))],
+            similarity=[[1.0] * len(ids)] * len(ids) if num_devices <= MOST_PAIRED else None,
+            projection=[[float(n), 0.5] for n in range(len(ids))],
         ) if whole else None,
         seconds={"moe": 12.0}, versions={"torch": "2"}, curves={"moe": {"loss": [(0, 4.0), (1, 3.5)]}},
         expert_load={name: [0.75, 0.25] for name in domains}, expert_mutual_information=0.0, merge_check=1e-7,
@@ -105,6 +112,24 @@ def test_the_page_holds_small_and_large_fleets(num_devices: int, num_domains: in
     body = re.sub(r"<script>.*?</script>|<style>.*?</style>", "", text, flags=re.S)
     assert not re.search(r"nan|inf", body)
     assert tags.open["svg"] >= 4
+
+
+def test_of_many_devices_there_is_a_map_and_no_table_of_pairs(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    sizes = []
+    for number in (MOST_PAIRED, 10 * MOST_PAIRED):
+        ids = [f"device-{n:03d}" for n in range(number)]
+        clusters = Clusters(tuple(ids), np.arange(number) % 2, np.eye(2))
+        write_atomic(tmp_path / "clusters.json", json.dumps(describe(clusters, rng.normal(size=(number, 8)))))
+        found = read_clusters(tmp_path)
+        assert found is not None
+        assert len(found.projection) == number
+        assert (found.similarity is None) is (number > MOST_PAIRED)
+        sizes.append(len(found.model_dump_json()))
+    assert sizes[1] < 10 * sizes[0]
+    page, _ = page_of([sample(num_devices=10 * MOST_PAIRED)], tmp_path)
+    assert "Map of the devices" in page
+    assert "Cosine of the devices" not in page
 
 
 def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:

@@ -100,17 +100,22 @@ def _cluster_charts(record: Record) -> list[tuple[str, str, str]]:
     clusters = record.clusters
     if clusters is None:
         return []
+    architectures = {device.id: device.architecture for device in record.devices}
+    found = [
+        ("Map of the devices", "Two main axes of the embeddings of the devices' texts.",
+         charts.cluster_map(clusters, architectures)),
+    ]  # fmt: skip
+    if clusters.similarity is None:
+        return found
     ids = list(clusters.labels)
     order = sorted(range(len(ids)), key=lambda i: (clusters.labels[ids[i]], i))
     ordered = [ids[i] for i in order]
     cosine = [[clusters.similarity[i][j] for j in order] for i in order]
-    architectures = {device.id: device.architecture for device in record.devices}
-    return [
-        ("Map of the devices", "Two main axes of the embeddings of the devices' texts.",
-         charts.cluster_map(clusters, architectures)),
-        ("Cosine of the devices' texts", "Devices ordered by domain; domains should show as blocks.",
-         charts.heat_map(ordered, ordered, cosine, -1.0, 1.0)),
-    ]  # fmt: skip
+    text, chart = (
+        "Devices ordered by domain; domains should show as blocks.",
+        charts.heat_map(ordered, ordered, cosine, -1, 1),
+    )
+    return [*found, ("Cosine of the devices' texts", text, chart)]
 
 
 def _curve_charts(record: Record) -> list[tuple[str, str, str]]:

@@ -63,7 +63,6 @@ def describe(clusters: Clusters, embedding_ND: np.ndarray) -> dict[str, Any]:
     return {
         "members": [clusters.members(k) for k in range(clusters.num_clusters)],
         "device_ids": clusters.device_ids,
-        "similarity": np.round(similarity(embedding_ND), 4).tolist(),
         "embedding": np.round(embedding_ND.astype(float), 5).tolist(),
     }
 
