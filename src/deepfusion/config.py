@@ -105,7 +105,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, seed: int | 
     tree = read_toml(path, overrides)
     if seed is not None:
         tree["seed"] = seed
-    return parse_config(tree, source=str(path))
+    return parse_config(tree, source=f"{path} with --set" if overrides else str(path))
 
 
 def parse_config(tree: Mapping[str, Any], source: str = "configuration") -> RunConfig:
@@ -127,7 +127,7 @@ def parse_config(tree: Mapping[str, Any], source: str = "configuration") -> RunC
     for key in unknown:
         what = f"[{key}]" if isinstance(tree[key], dict) else f"{key} = {tree[key]!r}"
         hint = did_you_mean(key, tuple(shared | method_keys))
-        faults.append(f"{what}: unknown{hint}; remove it")
+        faults.append(f"{what}: unknown{hint}; {'mend the name' if hint else 'remove it'}")
     method = build(method_class, {k: v for k, v in tree.items() if k in method_keys}, "", faults)
     values = {k: v for k, v in tree.items() if k in shared}
     config = build(RunConfig, values, "", faults, given={"method": method}, ask=False)
@@ -143,6 +143,24 @@ def tree_of(config: RunConfig) -> dict[str, Any]:
     tree = plain(config)
     method = tree.pop("method")
     return {"method": method.pop("type"), **scalars_first({**tree, **method})}
+
+
+def differences(before: RunConfig, after: RunConfig) -> list[str]:
+    """What another configuration says otherwise, each as "section.key = value, was value"."""
+    old, new = _flat(tree_of(before)), _flat(tree_of(after))
+    absent = "not set"
+    return [
+        f"{key} = {new.get(key, absent)}, was {old.get(key, absent)}"
+        for key in {**old, **new}
+        if new.get(key) != old.get(key)
+    ]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
 
 
 def to_toml(config: RunConfig) -> str:

@@ -16,12 +16,15 @@ from transformers import PreTrainedConfig
 from deepfusion.artifacts import key_of, write_atomic
 from deepfusion.data.packing import PackedText
 from deepfusion.data.prepare import corpus_from_files
-from deepfusion.devices.models import read_config
+from deepfusion.devices.models import reach_of, read_config
 from deepfusion.errors import ConfigError
 from deepfusion.moe import Family, families
 from deepfusion.stages.distill import DistillOptions, Logits, Vaa, distill
 from deepfusion.training import derive_seed
 from deepfusion.types import Progress, Proxy, State, silent
+
+USUAL_LENGTH = 512
+"""Tokens of a sequence where nobody asks for another number and all models reach that far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,7 @@ def distill_folders(
     text: str | None = None,
     prompt: str | None = None,
     answer: str | None = None,
-    sequence_length: int = 512,
+    sequence_length: int | None = None,
     options: DistillOptions,
     seed: int = 0,
     resume: bool = False,
@@ -57,6 +60,7 @@ def distill_folders(
         student: folder of the model to start from, which is not changed; its tokenizer reads the text.
         data: .jsonl, .csv, .parquet or .txt file(s).
         text, prompt, answer: templates as in `evaluate_model`; alpha = 0 in `options` leaves VAA out.
+        sequence_length: tokens; as many as all models read, 512 at most, when left out.
 
     Returns:
         What was logged of each step: `loss`, `ce`, `kl`, `features`.
@@ -69,15 +73,14 @@ def distill_folders(
     partial = out.with_name(out.name + ".partial")
     _check(out, partial, options, resume=resume)
     config = read_config(student)
-    for teacher in teachers:  # or the first of the work would be done before one is missed
-        read_config(teacher)
+    length = _length(sequence_length, {student: config, **{folder: read_config(folder) for folder in teachers}})
     corpus = corpus_from_files(data, "public", student, text=text, prompt=prompt, answer=answer)
-    arguments = sorted(map(str, teachers)), str(student), data, text, prompt, answer, sequence_length
+    arguments = sorted(map(str, teachers)), str(student), data, text, prompt, answer, length
     partial.mkdir(parents=True, exist_ok=True)
     scratch = partial / key_of(*arguments, asdict(options), seed)[:12]
     proxies = [Proxy(0, folder.name, folder, 0, (), 1 / len(teachers)) for folder in teachers]
     history = distill(
-        student, [proxies], [PackedText(corpus, sequence_length, derive_seed(seed, "text"))],
+        student, [proxies], [PackedText(corpus, length, derive_seed(seed, "text"))],
         family=_family(config), target=config, rule=Vaa() if options.alpha else Logits(), recipe="joint",
         options=replace(options, beta=options.beta if teachers else 0.0), seed=seed, tokenizer_folder=student,
         scratch=scratch, progress=progress, out=partial,
@@ -97,6 +100,17 @@ def _check(out: Path, partial: Path, options: DistillOptions, *, resume: bool) -
         faults.append(f"--out {out}: was begun before; add --resume to go on, or remove {partial}")
     if faults:
         raise ConfigError(faults, "command line")
+
+
+def _length(asked: int | None, configs: Mapping[Path, PreTrainedConfig]) -> int:
+    """Tokens of a sequence that every model can read."""
+    reaches = {folder: reach for folder, config in configs.items() if (reach := reach_of(config)) is not None}
+    if asked is None:
+        return min([USUAL_LENGTH, *reaches.values()])
+    if short := [f"{folder} reads {reach} tokens" for folder, reach in reaches.items() if reach < asked]:
+        cure = f"choose {min(reaches.values())} or less"
+        raise ConfigError([f"--sequence-length {asked}: {', '.join(short)} at most; {cure}"], "command line")
+    return asked
 
 
 def _family(config: PreTrainedConfig) -> Family:

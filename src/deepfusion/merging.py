@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +81,10 @@ def merge_folders(
     try:
         with Reader() as reader:
             tensors = merged_tensors(students, family, config, reader, seed)
-            total, written = sum(spec.nbytes for spec, _ in tensors), 0
+            number = count(1)
 
             def done(spec: Spec) -> None:
-                nonlocal written
-                written += spec.nbytes
-                progress("merge", written >> 20, total >> 20, spec.name)
+                progress("merge tensors", next(number), len(tensors), spec.name)
 
             write_folder(partial, tensors, done)
         config.save_pretrained(partial)
@@ -94,7 +93,7 @@ def merge_folders(
         os.replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return Merged(out, family.num_experts(config), total, difference)
+    return Merged(out, family.num_experts(config), sum(spec.nbytes for spec, _ in tensors), difference)
 
 
 def _target(family: Family, students: Sequence[Path], experts: int, top_k: int, given: Path | None) -> PreTrainedConfig:

@@ -63,7 +63,7 @@ def open_folder(config: RunConfig, path: Path, *, resume: bool, **note: str) -> 
     if path.exists() and not path.is_dir():
         raise ResumeError(f"{path}: is a file; choose another --out")
     with hold(path, **note):
-        if (path / CONFIG).exists() and not resume:
+        if (path / CONFIG).exists() and (path / "data").exists() and not resume:  # else it ended before its first stage
             raise ResumeError(f"{path}: holds a run already; add --resume to go on with it, or choose another --out")
         write_atomic(path / CONFIG, to_toml(config))
         yield RunFolder(path)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tomli_w
 
+import deepfusion
 from deepfusion import cli
 from deepfusion.record import Record
 from small_world import small_tree, write_text
@@ -61,6 +62,39 @@ def test_run_stops_where_told_and_prints_json(
     assert json.loads(capsys.readouterr().out) == {"run": str(tmp_path / "run"), "until": "clusters"}
     assert call(monkeypatch, "run", config, "--out", tmp_path / "run") == 2
     assert "--resume" in capsys.readouterr().err
+    uploads = sorted((tmp_path / "run" / "uploads").glob("*.safetensors"))
+    before = [path.stat().st_mtime_ns for path in uploads]
+    assert before
+    assert call(monkeypatch, "run", tmp_path / "run", "--resume", "--until", "clusters") == 0, (
+        "a run folder says it all"
+    )
+    told = capsys.readouterr()
+    assert "Changed since" not in told.err
+    assert f"deepfusion run {tmp_path / 'run'} --resume" in told.out.replace("\n", "")
+    assert [path.stat().st_mtime_ns for path in uploads] == before
+    changes = ("--set", "tune.steps=3", "--until", "clusters")
+    assert call(monkeypatch, "run", tmp_path / "run", "--resume", *changes) == 0
+    assert "tune.steps = 3, was " in capsys.readouterr().err
+
+
+def test_a_run_that_failed_before_it_began_is_no_run(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("run", config, "--out", tmp_path / "run", "--until", "initial")
+    assert call(monkeypatch, *arguments, "--set", "data.root=/nowhere") == 2
+    assert "/nowhere" in capsys.readouterr().err
+    assert call(monkeypatch, *arguments) == 0
+
+
+def test_an_interrupted_command_says_how_to_go_on(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("deepfusion.app.launch", interrupted)
+    assert call(monkeypatch, "run", config, "--out", tmp_path / "run") == 130
+    assert "go on with --resume" in capsys.readouterr().err
 
 
 def test_a_finished_run_prints_its_record_as_json(
@@ -161,6 +195,8 @@ def test_help_explains_arguments_and_gives_examples(
     (("report", "nowhere"), "nowhere"),
     (("evaluate", "nowhere", "--data", "x.jsonl"), "nowhere"),
     (("generate", "nowhere", "hello"), "nowhere"),
+    (("generate", "/nowhere/model", "hello"), "/nowhere/model: no such folder"),
+    (("generate", "tests/nowhere", "hello"), "tests/nowhere: no such folder"),
     (("distill", "--student", "nowhere", "--data", "x.jsonl", "--out", "never"), "nowhere"),
     (("merge", "nowhere", "--family", "qwen2_moe", "--out", "never"), "nowhere"),
 ])  # fmt: skip
@@ -173,12 +209,31 @@ def test_mistakes_end_in_a_sentence_and_not_in_a_trace(
     assert "Traceback" not in told
 
 
+def test_a_run_folder_is_not_taken_for_its_model(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    assert call(monkeypatch, "generate", finished, "hello") == 2
+    assert f"did you mean {finished / 'moe'}?" in capsys.readouterr().err
+
+
+def test_the_version_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"deepfusion {deepfusion.__version__}\n"
+
+
 def test_all_faults_of_a_configuration_are_told_at_once(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
-    changes = ("-s", "tune.steps=-1", "-s", "devices.cuont=3", "-s", "router.start=best")
+    changes = ("-s", "tune.steps=-1", "-s", "devices.cuont=3", "-s", "router.start=best", "-s", "distilation.steps=3")
     assert call(monkeypatch, "run", config, *changes) == os.EX_CONFIG
     told = capsys.readouterr().err
-    for words in ("steps = -1", 'did you mean "count"', 'start = "best"'):
+    for words in (
+        "steps = -1",
+        'did you mean "count"',
+        "with --set",
+        'did you mean "distillation"',
+        'start = "best"',
+    ):
         assert words in told

@@ -12,7 +12,7 @@ import torch
 from distill_world import config, file_bytes, write_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deepfusion.devices.models import from_config, load, save
+from deepfusion.devices.models import from_config, load, reach_of, read_config, save
 from deepfusion.distilling import DistillOptions, distill_folders
 from deepfusion.errors import ConfigError, ModelError
 from deepfusion.moe import families
@@ -90,7 +90,7 @@ def test_what_cannot_be_done_says_why(world: Path, tmp_path: Path) -> None:
         run(world, world / "text.jsonl", "gpt2-pico")
     with pytest.raises(ConfigError, match=r"steps = 0: must be at least 1"):
         run(world, tmp_path / "x", "gpt2-pico", options=DistillOptions(steps=0))
-    with pytest.raises(ModelError, match=r"nobody: no model there: .*; check the folder or hub name"):
+    with pytest.raises(ModelError, match=r"nobody: no such folder; check the path"):
         run(world, tmp_path / "x", "nobody")
     other = write_tokenizer(tmp_path / "other", 40)
     save(from_config(config("llama-pico"), 1), tmp_path / "stranger", other)
@@ -99,6 +99,16 @@ def test_what_cannot_be_done_says_why(world: Path, tmp_path: Path) -> None:
 
 
 def test_a_teacher_that_is_not_there_is_missed_before_anything_is_begun(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no model there"):
+    with pytest.raises(ModelError, match="no such folder"):
         run(world, tmp_path / "taught", "gpt2-pico", teachers=[world / "nobody"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sequences_are_as_long_as_every_model_reads(world: Path, tmp_path: Path) -> None:
+    reach = reach_of(read_config(world / "teacher-gpt2-pico"))
+    assert reach is not None
+    with pytest.raises(ConfigError, match=rf"--sequence-length {reach + 1}: .*teacher-gpt2-pico reads {reach} tokens"):
+        run(world, tmp_path / "t", "llama-pico", sequence_length=reach + 1)
+    assert run(
+        world, tmp_path / "t", "llama-pico", sequence_length=None, options=DistillOptions(steps=1, optimisation=FAST)
+    )

@@ -17,7 +17,7 @@ from deepfusion.errors import MarketError
 from deepfusion.market.architectures import shipped_profiles
 from deepfusion.market.bids import Bid, Provider, parse_bids, read_bids
 from deepfusion.market.coco import Coco
-from deepfusion.market.ledger import Ledger, audit, clear_to_ledger, open_slot, read_ledger
+from deepfusion.market.ledger import Ledger, audit, clear_to_ledger, open_slot, read_commitment, read_ledger
 from deepfusion.market.slot import clear_slot, prepare
 
 PROFILES = shipped_profiles()
@@ -198,6 +198,15 @@ def test_each_way_to_cheat_is_found() -> None:
     assert any("another table" in w for w in tampered(profiles={"vgg16": "0" * 32}))
     assert any("no such table" in w for w in tampered(profiles={"mine": "0" * 32}))
     assert any("published" in w for w in audit(written, PROFILES, commitment="0" * 64))
+
+
+def test_a_commitment_is_a_hash_or_the_file_that_holds_it(tmp_path: Path) -> None:
+    (tmp_path / "commitment.json").write_text(json.dumps({"slot": "s", "commitment": "ab" * 32}))
+    assert read_commitment("ab" * 32) == read_commitment(str(tmp_path / "commitment.json")) == "ab" * 32
+    (tmp_path / "other.json").write_text("[1]")
+    for given in ("5f2c", str(tmp_path / "none.json"), str(tmp_path / "other.json")):
+        with pytest.raises(MarketError, match=r"--commitment .*: neither a hash of 64 hexadecimal digits nor a file"):
+            read_commitment(given)
 
 
 def test_a_commitment_fixes_the_seed_and_the_slot() -> None:

@@ -168,7 +168,7 @@ def test_wrong_requests_say_what_is_right(tmp_path: Path) -> None:
         merge_folders(students, "qwen2_moe", tmp_path / "moe", experts=2)
     with pytest.raises(ModelError, match=r"0: exists already; choose another --out"):
         merge_folders(students, "qwen2_moe", students[0])
-    with pytest.raises(ModelError, match=r"nowhere: no model there"):
+    with pytest.raises(ModelError, match=r"nowhere: no such folder"):
         merge_folders([tmp_path / "nowhere"], "qwen2_moe", tmp_path / "moe")
     (students[2] / "model.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(ModelError, match=r"not a sound safetensors file .*; copy or save it again"):

@@ -146,7 +146,7 @@ def test_a_fleet_goes_on_from_a_moe_that_it_made(world: Path) -> None:
     [
         ({}, "preset, base: nothing given"),
         ({"preset": "qwen2-moe-pico", "base": "x"}, "they exclude each other"),
-        ({"base": "/no/such/folder"}, "no model there"),
+        ({"base": "/no/such/folder"}, "no such folder"),
     ],
 )
 def test_a_wrong_target_is_refused_with_a_cure(tmp_path: Path, target: dict[str, Any], said: str) -> None:

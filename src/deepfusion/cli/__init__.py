@@ -15,6 +15,8 @@ from deepfusion.errors import BusyError, ConfigError, DeepFusionError, DiskError
 
 __all__ = ["app", "fleet", "main", "market", "market_service", "models", "profiles", "runs"]
 
+INTERRUPTED = 130
+
 
 def _exit_code(error: DeepFusionError) -> int:
     """As in sysexits.h: 78 where a file has to be mended, 75 where the same command may succeed later; 2 for the rest."""
@@ -34,9 +36,10 @@ def _errors_with_a_cure() -> Generator[None]:
             )
         )
         raise SystemExit(_exit_code(error)) from None
-    except KeyboardInterrupt:
-        err.print("Interrupted. Finished stages are kept; go on with --resume.")
-        raise SystemExit(130) from None
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer has caught the KeyboardInterrupt and says nothing
+            err.print("Interrupted. Finished stages are kept; go on with --resume.")
+        raise
 
 
 def main() -> None:

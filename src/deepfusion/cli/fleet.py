@@ -93,7 +93,7 @@ def register(server: ServerFolder, as_json: AsJson = False) -> None:
     from deepfusion.fleet.supervise import wait_for
 
     opened = open_server(server)
-    wait_for(opened, lambda: True, opened.home)
+    wait_for(opened, lambda: True, opened.home, note=err.print)
     nodes = register_keys(opened)
     show({"nodes": nodes}, as_json, f"{len(nodes)} devices may join: {', '.join(nodes)}")
 

@@ -142,7 +142,7 @@ def _show_slot(result: dict[str, Any], mode: str) -> None:
 @market.command(
     epilog=examples(
         "deepfusion market audit bids.ledger.json",
-        "deepfusion market audit bids.ledger.json --commitment 5f2c... --bids my-bid.jsonl",
+        "deepfusion market audit bids.ledger.json --commitment slots/14/commitment.json --bids my-bid.jsonl",
         "deepfusion market audit market.sqlite --slot market-17 --receipts receipts.jsonl",
     )
 )
@@ -153,7 +153,9 @@ def audit(
             help="What `market clear` wrote, a slot that a service gave out, or its ledger.", metavar="LEDGER"
         ),
     ],
-    commitment: Annotated[str | None, typer.Option(help="The hash that was published before the bids closed.")] = None,
+    commitment: Annotated[
+        str | None, typer.Option(help="What was published before the bids closed: the hash, or the file with it.")
+    ] = None,
     bids: Annotated[
         Path | None, typer.Option(help="Bids that you know were sent; each must stand in the ledger.")
     ] = None,
@@ -166,8 +168,10 @@ def audit(
     """Compute a slot again from its seed and bids, and say whether the provider cheated. Exit code 1 if so."""
     from deepfusion.market.bids import read_bids
     from deepfusion.market.ledger import audit as find_faults
+    from deepfusion.market.ledger import read_commitment
     from deepfusion.market.service.audit import audited, read_receipts
 
+    commitment = read_commitment(commitment) if commitment else None
     given, known, cheated = read_receipts(receipts) if receipts else [], read_bids(bids) if bids else [], False
     one = commitment is not None or bids is not None
     for written, signed, wrong in audited(ledger_file, slot=slot, only_one=one, receipts=given, key=key):

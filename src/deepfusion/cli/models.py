@@ -66,7 +66,9 @@ def distill(
     alpha: Annotated[float, typer.Option(help="Weight of feature matching by view-aligned attention; 0: none.")] = 1.0,
     beta: Annotated[float, typer.Option(help="Weight of the KL to the teachers.")] = 1.0,
     temperature: Annotated[float, typer.Option(help="Of that KL.")] = 1.0,
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens of a sequence. Default: what all models read, 512 at most.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the text's order and of the adapters.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what a crash left.")] = False,
     as_json: AsJson = False,

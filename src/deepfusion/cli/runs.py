@@ -5,20 +5,24 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from deepfusion.cli.shared import AsJson, ConfigPath, Overrides, Seed, app, err, escape, examples, out, show, show_run
 
+if TYPE_CHECKING:  # --help need not wait for it
+    from deepfusion.config import RunConfig
+
 
 @app.command(
     epilog=examples(
         "deepfusion run configs/quickstart.toml",
         "deepfusion run configs/benchmark.toml --out runs/b0 --seed 1 --set data.root=/data --set cluster.num_clusters=8",
-        "deepfusion run configs/benchmark.toml --out runs/b0 --resume",
+        "deepfusion run runs/b0 --resume",
         "deepfusion run configs/quickstart.toml --until clusters",
     )
 )
@@ -35,19 +39,42 @@ def run(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train the fleet, collect one upload from each device, and fuse them into one MoE checkpoint."""
+    """Train the fleet, collect one upload from each device, and fuse them into one MoE checkpoint.
+
+    CONFIG may be a run folder too: its own configuration is taken, and the run goes on there.
+    """
     from deepfusion.app import launch
     from deepfusion.config import load_config
     from deepfusion.progress import bars
 
+    if config.is_dir():
+        config, out_dir = config / "config.toml", out_dir or config
     settings = load_config(config, overrides or [], seed=seed)
     folder = out_dir or Path("runs") / f"{settings.name}-seed{settings.seed}"
+    if resume:
+        _tell_changes(folder, settings)
     with bars(err) as progress:
         record = launch(settings, folder, until=until, resume=resume, progress=progress)
     if record is None:
-        show({"run": str(folder), "until": until}, as_json, f"Stopped after [bold]{until}[/bold]; go on with --resume.")
+        show(
+            {"run": str(folder), "until": until},
+            as_json,
+            f"Stopped after [bold]{until}[/bold]; go on with: deepfusion run {folder} --resume",
+        )
         return
     show_run(record, folder, as_json)
+
+
+def _tell_changes(folder: Path, settings: RunConfig) -> None:
+    """Say what differs from the configuration that the folder's run has had so far."""
+    from deepfusion.config import differences, load_config
+    from deepfusion.errors import ConfigError
+
+    with suppress(ConfigError):  # there is none yet, or it is an older version's
+        if changes := differences(load_config(folder / "config.toml"), settings):
+            err.print(f"Changed since {folder} was begun; what depends on it is done again:")
+            for change in changes:
+                err.print(f"  {escape(change)}", highlight=False)
 
 
 @app.command(epilog=examples("deepfusion plan configs/benchmark.toml", "deepfusion plan configs/medical.toml --json"))

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from deepfusion import __version__
+
 if TYPE_CHECKING:  # --help need not wait for it
     from deepfusion.record import Record
 
@@ -23,6 +25,21 @@ app = typer.Typer(
 )
 out = Console(width=None if sys.stdout.isatty() else 160)  # a file or a pipe has no width of its own
 err = Console(stderr=True)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        out.print(f"deepfusion {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None: ...
+
 
 ConfigPath = Annotated[Path, typer.Argument(help="A TOML file, e.g. configs/quickstart.toml", metavar="CONFIG")]
 Overrides = Annotated[

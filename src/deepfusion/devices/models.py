@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import logging
 
 from deepfusion.devices.presets import PRESETS, Preset
 from deepfusion.devices.vocabulary import transfer_vocabulary
@@ -34,7 +34,7 @@ from deepfusion.types import ModelSpec
 POSITION_KEYS = ("max_position_embeddings", "n_positions")
 SPECIAL_KEYS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
-disable_progress_bar()  # transformers' own, one a file, would drown ours
+logging.disable_progress_bar()  # transformers' own, one a file, would drown ours
 
 
 def make_config(
@@ -178,8 +178,10 @@ def load(source: str | Path, config: Mapping[str, Any] | None = None) -> PreTrai
     Raises:
         ModelError: there is no such model, weights are missing, or it cannot be opened safely.
     """
-    own = _with_overrides(read_config(source), config or {})
+    own, level = _with_overrides(read_config(source), config or {}), logging.get_verbosity()
     try:
+        if config:  # of a smaller model than the folder's, what else is there is left out on purpose
+            logging.set_verbosity_error()
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             config=own,
@@ -191,6 +193,8 @@ def load(source: str | Path, config: Mapping[str, Any] | None = None) -> PreTrai
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         cure = "give a causal LM with safetensors weights, by folder or hub name"
         raise ModelError(f"{source}: cannot be opened as a causal LM: {_reason(error)}; {cure}") from error
+    finally:
+        logging.set_verbosity(level)
     model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     missing = sorted(info["missing_keys"])
     if missing:
@@ -254,9 +258,8 @@ def check_reach(config: PreTrainedConfig, positions: int) -> None:
     """Raise ModelError unless a model of this configuration reads sequences of `positions` tokens."""
     reach = reach_of(config)
     if reach is not None and reach < positions:
-        raise ModelError(
-            f"reaches {reach} positions, fewer than [data] sequence_length = {positions}; lower that to {reach}"
-        )
+        said = f"reaches {reach} positions, fewer than [data] sequence_length = {positions}"
+        raise ModelError(f"{said}; lower that to {reach}")
 
 
 def _with_overrides(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:
@@ -284,11 +287,21 @@ def config_from_json(text: str) -> PreTrainedConfig:
         ) from error
 
 
+def check_folder(source: str | Path) -> None:
+    """Raise ModelError where `source` is a folder without a model, or reads like the path of one that is not there."""
+    folder, moe = Path(source), Path(source) / "moe"
+    if folder.exists() and not (folder / "config.json").exists():
+        cure = f"did you mean {moe}?" if (moe / "config.json").exists() else "give a folder that save_pretrained made"
+        raise ModelError(f"{source}: no config.json in it; {cure}")
+    # Hub names are "name" or "owner/name"; whatever lies in a folder that is here is meant to be here.
+    local = len(folder.parts) > 1 and (len(folder.parts) > 2 or folder.is_absolute() or folder.parent.is_dir())
+    if local and not folder.exists():
+        raise ModelError(f"{source}: no such folder; check the path")
+
+
 def read_config(source: str | Path) -> PreTrainedConfig:
     """The configuration of a folder or hub name; raises ModelError where there is none."""
-    folder = Path(source)
-    if folder.exists() and not (folder / "config.json").exists():
-        raise ModelError(f"{source}: no config.json in it; give a folder that save_pretrained made")
+    check_folder(source)
     try:
         return cast(PreTrainedConfig, AutoConfig.from_pretrained(source, trust_remote_code=False))
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:

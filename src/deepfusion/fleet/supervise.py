@@ -153,19 +153,29 @@ def fleet_on_this_machine(layout: Layout) -> Generator[Fleet]:
                 service.end()
 
 
-def wait_for(server: Server, is_alive: Callable[[], bool], log: Path, seconds: float = 120.0) -> None:
+def wait_for(
+    server: Server,
+    is_alive: Callable[[], bool],
+    log: Path,
+    seconds: float = 120.0,
+    note: Callable[[str], None] = lambda _: None,
+) -> None:
     """Wait until the SuperLink listens.
 
     Args:
         is_alive: whether there is still something to wait for.
         log: where a reader finds out more.
+        note: told once that there is something to wait for.
 
     Raises:
         FederationError: it does not.
     """
-    deadline = time.monotonic() + seconds
+    deadline, told = time.monotonic() + seconds, False
     while is_alive() and time.monotonic() < deadline:
         with contextlib.suppress(OSError), socket.create_connection((server.file.name, server.file.port), timeout=5):
             return
+        if not told:
+            note(f"No SuperLink listens at {server.address} yet; waiting for it, {seconds:.0f} s at most.")
+            told = True
         time.sleep(_TICK)
     raise FederationError(f"{server.address}: no SuperLink listens there; see {log}")

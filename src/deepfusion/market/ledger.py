@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -87,6 +88,22 @@ def open_slot(slot: str) -> Opened:
 def read_opened(path: Path) -> Opened:
     """The secret that `deepfusion market open` wrote. Raises MarketError where it is none."""
     return _read(Opened, path)
+
+
+def read_commitment(given: str) -> str:
+    """The hash that was published: itself, or out of the `commitment.json` that holds it.
+
+    Raises:
+        MarketError: it is neither.
+    """
+    if re.fullmatch("[0-9a-f]{64}", given):
+        return given
+    try:
+        return read_commitment(json.loads(Path(given).read_text())["commitment"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise MarketError(
+            f"--commitment {given}: neither a hash of 64 hexadecimal digits nor a file with one"
+        ) from None
 
 
 def read_ledger(path: Path) -> Ledger:
