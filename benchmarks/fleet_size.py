@@ -3,7 +3,8 @@
 
 Every fleet runs in a process of its own, with devices that train small models on made-up text, each in a process of its own; the
 memory is the server process's own (what it has written; the pages of files that it reads are the system's, who takes them back),
-looked at twenty times a second. Embeddings are clustered in larger numbers besides. Ratios are to the first size.
+looked at twenty times a second. Embeddings are clustered in larger numbers besides. Ratios are to the first size. What is not
+measured (`--devices` or `--embeddings` with nothing behind it) stays as it was.
 
 python benchmarks/fleet_size.py [--devices 16 64 256 1000] [--embeddings 1000 10000 100000] [--out benchmarks/results/scaling]
 """
@@ -144,8 +145,10 @@ def main() -> None:
     for group in groups:
         print(json.dumps({key: round(value, 3) for key, value in group.items()}), flush=True)
     asked.out.mkdir(parents=True, exist_ok=True)
-    found = {"date": date.today().isoformat(), "fleets": rows, "embeddings": groups}
-    (asked.out / "fleet_size.json").write_text(json.dumps(found, indent=1))
+    kept, now = asked.out / "fleet_size.json", date.today().isoformat()
+    found = json.loads(kept.read_text()) if kept.exists() else {}
+    found |= {name: {"date": now, "rows": part} for name, part in (("fleets", rows), ("embeddings", groups)) if part}
+    kept.write_text(json.dumps(found, indent=1))
     if rows:
         plot(rows, asked.out / "fleet_size.svg")
 
