@@ -108,6 +108,7 @@ def inject(name: str, number: int, world: World, expected: dict[str, str]) -> Ro
         said = attempt(world.fleet, watch, resume=True)
         row.said += said
     fault.after()
+    row.said = [line.replace(str(world.layout.folder), "FLEET") for line in row.said]
     row.lost = sorted(watch.lost)
     row.twice = [device for device, count in watch.trained.counts.items() if count > 1]
     row.wrong = bool(said) or result(world.layout) != expected
