@@ -276,8 +276,8 @@ def guided(seed: int, number_of: int, blob: bytes, arrivals: Arrivals) -> None:
         except UploadError:
             return
 
-    def change(data: bytes, most: int, seed: int) -> bytes:
-        rng = np.random.default_rng(seed)
+    def change(data: bytes, most: int, draw: int) -> bytes:
+        rng = np.random.default_rng(draw)
         if rng.random() < 0.5:
             with suppress(Exception):  # too broken for it already
                 return KINDS[str(rng.choice(list(KINDS)))](rng, data)[:most]

@@ -38,9 +38,9 @@ from deepfusion.stages.proxy import load_proxies, load_upload
 from deepfusion.types import Proxy
 
 CURVE_POINTS = 400
+"""Longest curve in the record; longer ones are thinned."""
 MOST_PAIRED = 64
 """With more devices than this, the record does not hold the cosine of every pair."""
-"""Longest curve in the record; longer ones are thinned."""
 
 
 def measure(

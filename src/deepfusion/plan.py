@@ -94,7 +94,9 @@ def make_plan(config: RunConfig) -> Plan:
         )
     else:
         need = memory.training_memory(target, method.tune.optimisation, shapes.length).total
-    uploads = _sum(row.upload_bytes and _all_uploads(row, method, shapes.domains) for row in rows)
+    uploads = _sum(
+        row.upload_bytes and _all_uploads(row.devices, row.upload_bytes, method, shapes.domains) for row in rows
+    )
     kept = 4 * ((domains or 0) * memory.num_parameters(student) + (3 + getattr(method, "rounds", 0)) * parameters)
     return Plan(
         name=config.name,
@@ -112,12 +114,12 @@ def make_plan(config: RunConfig) -> Plan:
     )
 
 
-def _all_uploads(row: ArchitecturePlan, method: Method, domains: int) -> int:
+def _all_uploads(devices: int, each: int, method: Method, domains: int) -> int:
     """Bytes of all devices of an architecture, at most; who is not asked for a model sends an embedding only."""
     if not isinstance(method, DeepFusion):
-        return row.devices * (row.upload_bytes or 0)
-    models = method.upload.senders(row.devices, domains)
-    return models * (row.upload_bytes or 0) + (row.devices - models) * message(0, 2 * method.embed.dimension)
+        return devices * each
+    models = method.upload.senders(devices, domains)
+    return models * each + (devices - models) * message(0, 2 * method.embed.dimension)
 
 
 def _sum(parts: Iterable[int | None]) -> int | None:

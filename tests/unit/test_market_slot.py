@@ -204,7 +204,8 @@ def test_a_commitment_is_a_hash_or_the_file_that_holds_it(tmp_path: Path) -> Non
     (tmp_path / "commitment.json").write_text(json.dumps({"slot": "s", "commitment": "ab" * 32}))
     assert read_commitment("ab" * 32) == read_commitment(str(tmp_path / "commitment.json")) == "ab" * 32
     (tmp_path / "other.json").write_text("[1]")
-    for given in ("5f2c", str(tmp_path / "none.json"), str(tmp_path / "other.json")):
+    (tmp_path / "itself.json").write_text(json.dumps({"commitment": str(tmp_path / "itself.json")}))
+    for given in ("5f2c", *(str(tmp_path / f"{name}.json") for name in ("none", "other", "itself"))):
         with pytest.raises(MarketError, match=r"--commitment .*: neither a hash of 64 hexadecimal digits nor a file"):
             read_commitment(given)
 

@@ -287,7 +287,7 @@ def config_from_json(text: str) -> PreTrainedConfig:
         ) from error
 
 
-def check_folder(source: str | Path) -> None:
+def _check_folder(source: str | Path) -> None:
     """Raise ModelError where `source` is a folder without a model, or reads like the path of one that is not there."""
     folder, moe = Path(source), Path(source) / "moe"
     if folder.exists() and not (folder / "config.json").exists():
@@ -301,7 +301,7 @@ def check_folder(source: str | Path) -> None:
 
 def read_config(source: str | Path) -> PreTrainedConfig:
     """The configuration of a folder or hub name; raises ModelError where there is none."""
-    check_folder(source)
+    _check_folder(source)
     try:
         return cast(PreTrainedConfig, AutoConfig.from_pretrained(source, trust_remote_code=False))
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:

@@ -13,6 +13,7 @@ import math
 import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, cast
@@ -96,14 +97,12 @@ def read_commitment(given: str) -> str:
     Raises:
         MarketError: it is neither.
     """
-    if re.fullmatch("[0-9a-f]{64}", given):
-        return given
-    try:
-        return read_commitment(json.loads(Path(given).read_text())["commitment"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise MarketError(
-            f"--commitment {given}: neither a hash of 64 hexadecimal digits nor a file with one"
-        ) from None
+    digest: object = given
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        digest = json.loads(Path(given).read_text())["commitment"]
+    if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+        raise MarketError(f"--commitment {given}: neither a hash of 64 hexadecimal digits nor a file with one")
+    return digest
 
 
 def read_ledger(path: Path) -> Ledger:

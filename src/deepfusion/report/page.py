@@ -111,11 +111,11 @@ def _cluster_charts(record: Record) -> list[tuple[str, str, str]]:
     order = sorted(range(len(ids)), key=lambda i: (clusters.labels[ids[i]], i))
     ordered = [ids[i] for i in order]
     cosine = [[clusters.similarity[i][j] for j in order] for i in order]
-    text, chart = (
-        "Devices ordered by domain; domains should show as blocks.",
-        charts.heat_map(ordered, ordered, cosine, -1, 1),
-    )
-    return [*found, ("Cosine of the devices' texts", text, chart)]
+    return [
+        *found,
+        ("Cosine of the devices' texts", "Devices ordered by domain; domains should show as blocks.",
+         charts.heat_map(ordered, ordered, cosine, -1.0, 1.0)),
+    ]  # fmt: skip
 
 
 def _curve_charts(record: Record) -> list[tuple[str, str, str]]:
