@@ -120,7 +120,9 @@ def parse_config(tree: Mapping[str, Any], source: str = "configuration") -> RunC
     if not isinstance(name, str) or name not in methods:
         known = ", ".join(methods)
         hint = did_you_mean(str(name), tuple(methods))
-        raise ConfigError([f'method = "{name}": unknown{hint}; choose one of {known}'], source)
+        faults.append(f'method = "{name}": unknown{hint}; choose one of {known}')
+        build(RunConfig, {k: v for k, v in tree.items() if k in shared}, "", faults, given={"method": None}, ask=False)
+        raise ConfigError(faults, source)
     method_class = methods[name]
     method_keys = {option_name(f) for f in dataclasses.fields(typing.cast(Any, method_class))}
     unknown = [key for key in tree if key != "method" and key not in shared | method_keys]

@@ -12,6 +12,7 @@ from rich.table import Table
 from transformers import PreTrainedConfig
 
 from deepfusion.config import RunConfig
+from deepfusion.data.sources import missing_files
 from deepfusion.devices import memory
 from deepfusion.devices.fleet import cards
 from deepfusion.methods import DeepFusion, methods
@@ -53,6 +54,7 @@ class Plan:
         server_flops: of all the server's trainings on public text.
         server_memory_bytes: of the largest: DeepFusion's students (one copy with the joint recipe), else the MoE.
         disk_bytes: what the run folder will hold, at most.
+        missing_text: what is not there yet of the files that the run will read.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Plan:
     server_flops: int
     server_memory_bytes: int
     disk_bytes: int
+    missing_text: tuple[str, ...]
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -111,6 +114,7 @@ def make_plan(config: RunConfig) -> Plan:
         server_flops=sum(work.tokens * work.flops_per_token for work in method.server_work(shapes)),
         server_memory_bytes=need,
         disk_bytes=2 * (uploads or 0) + kept,
+        missing_text=tuple(missing_files(config.data)),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -112,8 +113,20 @@ def test_plan_predicts_without_training(
     assert call(monkeypatch, "plan", config) == 0
     assert "gpt2" in capsys.readouterr().out
     assert call(monkeypatch, "plan", config, "--json") == 0
-    assert json.loads(capsys.readouterr().out)
+    assert json.loads(capsys.readouterr().out)["missing_text"] == []
     assert set(config.parent.iterdir()) == before
+
+
+def test_plan_says_which_text_is_not_there_yet(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    assert call(monkeypatch, "plan", config, "--set", "data.corpora.0.public=garden/pubic.jsonl") == 0
+    said = capsys.readouterr().err
+    assert "garden/pubic.jsonl: no such file" in said
+    assert 'did you mean "public.jsonl"?' in said
+    assert call(monkeypatch, "plan", config, "--set", "data.root=${NOT_SET_ANYWHERE}") == 0
+    assert "NOT_SET_ANYWHERE is not set" in capsys.readouterr().err
 
 
 def test_evaluate_and_generate_take_any_model_folder(
@@ -209,6 +222,17 @@ def test_mistakes_end_in_a_sentence_and_not_in_a_trace(
     assert "Traceback" not in told
 
 
+def test_a_wrong_path_is_told_before_the_libraries_are_loaded() -> None:
+    program = (
+        "import sys\nfrom deepfusion import cli\ntry: cli.main()\nexcept SystemExit: assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "run", "nowhere.toml"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no such file" in done.stderr
+
+
 def test_a_run_folder_is_not_taken_for_its_model(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -220,6 +244,16 @@ def test_a_run_folder_is_not_taken_for_its_model(
 def test_the_version_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(monkeypatch, "--version") == 0
     assert capsys.readouterr().out == f"deepfusion {deepfusion.__version__}\n"
+
+
+def test_an_unknown_method_hides_no_other_fault(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    assert call(monkeypatch, "run", config, "-s", "method=depfusion", "-s", "devices.cuont=3") == os.EX_CONFIG
+    told = capsys.readouterr().err
+    assert 'did you mean "deepfusion"' in told
+    assert 'did you mean "count"' in told
 
 
 def test_all_faults_of_a_configuration_are_told_at_once(

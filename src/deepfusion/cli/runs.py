@@ -89,6 +89,8 @@ def plan(config: ConfigPath, seed: Seed = None, overrides: Overrides = None, as_
         return
     for table in plan_tables(result):
         out.print(table)
+    for missing in result.missing_text:
+        err.print(f"[yellow]Not there yet:[/yellow] {escape(missing)}", highlight=False)
 
 
 @app.command(

@@ -41,7 +41,19 @@ def _main(
 ) -> None: ...
 
 
-ConfigPath = Annotated[Path, typer.Argument(help="A TOML file, e.g. configs/quickstart.toml", metavar="CONFIG")]
+def _readable(path: Path) -> Path:
+    """Say at once what is wrong with a file: the libraries that commands need take seconds to load."""
+    from deepfusion.schema import read_toml
+
+    if not path.is_dir():
+        read_toml(path)
+    return path
+
+
+ConfigPath = Annotated[
+    Path,
+    typer.Argument(help="A TOML file, e.g. configs/quickstart.toml", metavar="CONFIG", callback=_readable),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", help="Override one value: section.key=value. May be repeated.", metavar="K=V"),

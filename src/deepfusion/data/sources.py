@@ -78,6 +78,23 @@ def fingerprint(options: DataOptions) -> str:
     return digest.hexdigest()
 
 
+def missing_files(options: DataOptions) -> list[str]:
+    """What is not there of the text's files, a sentence with its cure for each; nothing is read."""
+    try:
+        root = options.folder
+    except DataError as error:
+        return [str(error)]
+    missing: list[str] = []
+    for source in options.corpora:
+        patterns = [] if source.embedded or source.hub else [path for split in SPLITS for path in source.of(split)]
+        for pattern in patterns:
+            try:
+                find_files([pattern], root)
+            except DataError as error:
+                missing.append(str(error))
+    return list(dict.fromkeys(missing))
+
+
 def _embedded(source: CorpusSource, split: Split) -> Iterator[Document]:
     for text in embedded_documents(source.embedded or "", split):
         yield Document(source.domain, None, text)
