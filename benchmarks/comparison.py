@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All methods with one budget on real text: what each is worth, and what it costs.
+
+    export DEEPFUSION_DATA=/path/to/data
+    python benchmarks/comparison.py                                 every method, seeds 0 1 2, as long as configs/benchmark.toml
+    python benchmarks/comparison.py --share 0.1 --methods deepfusion fedavg
+    python benchmarks/comparison.py --share 0.1 --table             the table of the results so far, and its page
+
+--share shortens every training of the benchmark, the devices' and the server's alike; results of different shares lie apart. It
+is `deepfusion compare` otherwise. A result that is there is not measured again, so this can be stopped and taken up at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepfusion.comparing import MAIN, document_scores
+from deepfusion.methods import methods
+from deepfusion.record import Record
+from deepfusion.report.comparison import Comparison, MethodResult, Run, Spread, compare_runs
+from deepfusion.report.comparison_page import write_comparison
+from deepfusion.report.rows import size
+
+HERE = Path(__file__).parent
+CONFIG = HERE.parent / "configs" / "benchmark.toml"
+RESULTS = HERE / "results" / "comparison"
+STEPS = (("devices", "max_steps"), ("warm_start", "steps"), ("distillation", "steps"), ("tune", "steps"))
+HEAD = """| method | seeds | perplexity | nats above DeepFusion (95%) | traffic | device memory | FLOPs: devices | server |
+|---|---|---|---|---|---|---|---|"""
+"""Traffic and FLOPs are the whole fleet's, memory is the largest device's."""
+
+
+def shortened(share: float) -> dict[str, int]:
+    """The benchmark's steps, so much shorter."""
+    tree = tomllib.loads(CONFIG.read_text())
+    return {f"{section}.{key}": max(1, round(share * tree[section][key])) for section, key in STEPS}
+
+
+def measure(method: str, seed: int, steps: dict[str, int], out: Path, results: Path, more: Sequence[str]) -> None:
+    """Run a method at a seed unless its result is there, and write the result."""
+    target = results / f"{method}-seed-{seed}.json"
+    if target.exists():
+        return
+    values = [f"{key}={value}" for key, value in steps.items()] + ["federation.workers=1", *more]
+    command = [sys.executable, "-m", "deepfusion", "compare", str(CONFIG), "--methods", method, "--seeds", str(seed)]
+    command += ["--out", str(out), *(part for value in values for part in ("--set", value))]
+    print(f"{method}, seed {seed}", flush=True)
+    log = out / f"{method}-seed-{seed}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a") as file:
+        done = subprocess.run(
+            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=file, stderr=file, check=False
+        )
+    if done.returncode:
+        print(f"{method}, seed {seed}: failed, see {log}", flush=True)
+        return
+    folder = out / method / f"seed-{seed}"
+    nll_D, tokens_D = document_scores(folder)
+    results.mkdir(parents=True, exist_ok=True)
+    said = {
+        "record": json.loads((folder / "record.json").read_text()),
+        "documents": [nll_D.round(3).tolist(), tokens_D.tolist()],
+    }
+    target.write_text(json.dumps(said) + "\n")
+
+
+def measured(results: Path) -> Comparison | None:
+    """What the results so far come to."""
+    runs: list[Run] = []
+    for path in sorted(results.glob("*-seed-*.json")):
+        found: dict[str, Any] = json.loads(path.read_text())
+        nll_D, tokens_D = (np.asarray(part) for part in found["documents"])
+        runs.append(Run(Record.model_validate(found["record"]), Path(path.stem), (nll_D, tokens_D)))
+    return compare_runs(runs, {}, main=MAIN) if runs else None
+
+
+def table(found: Comparison) -> str:
+    """Markdown: the methods, best first, and the perplexity in each domain."""
+    lines = [HEAD, *(_line(method) for method in found.methods)]
+    domains = list(found.methods[0].domains)
+    lines += ["", f"| perplexity in each domain | {' | '.join(domains)} |", "|---" * (len(domains) + 1) + "|"]
+    lines += [f"| {m.name} | {' | '.join(_spread(m.domains[d]) for d in domains)} |" for m in found.methods]
+    return "\n".join(lines)
+
+
+def _line(method: MethodResult) -> str:
+    public = (
+        [f"| *public text only* | {len(method.seeds)} | {_spread(method.public_only)} | | | | | |"]
+        if method.public_only
+        else []
+    )
+    line = (
+        f"| {method.name} | {len(method.seeds)} | {_spread(method.perplexity)} | {method.gap or ''} | {size(method.total_bytes)} "
+        f"| {size(method.device_memory_bytes)} | {method.device_flops:.1e} | {method.server_flops:.1e} |"
+    )
+    return "\n".join([line, *public])
+
+
+def _spread(value: Spread) -> str:
+    return f"{value.mean:.1f} ± {value.deviation:.1f}"
+
+
+def main() -> None:
+    """Measure what is missing, then print the table and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--share", type=float, default=1.0, help="of the benchmark's steps")
+    parser.add_argument("--methods", nargs="+", default=sorted(methods), choices=sorted(methods))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--set", nargs="+", default=[], dest="more", help="more values of the configuration: section.key=value"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/comparison"), help="run folders")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one core each")
+    parser.add_argument("--table", action="store_true", help="measure nothing, print the table")
+    asked = parser.parse_args()
+    name = f"share-{asked.share:g}"
+    results: Path = asked.results / name
+    if not asked.table:
+        steps = shortened(asked.share)
+        for wave in (True, False):  # the others start from what the seed's DeepFusion has made
+            with ThreadPoolExecutor(asked.jobs) as pool:
+                for seed in asked.seeds:
+                    for method in (m for m in asked.methods if (m == MAIN) == wave):
+                        pool.submit(
+                            measure, method, seed, steps, asked.out / name, results, asked.more
+                        ).add_done_callback(lambda done: done.result())
+    found = measured(results)
+    if found is None:
+        sys.exit(f"{results}: no results yet; leave --table out to measure")
+    print(table(found))
+    write_comparison(found, results / "comparison.html")
+
+
+if __name__ == "__main__":
+    main()
