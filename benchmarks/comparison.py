@@ -36,6 +36,8 @@ HERE = Path(__file__).parent
 CONFIG = HERE.parent / "configs" / "benchmark.toml"
 RESULTS = HERE / "results" / "comparison"
 STEPS = (("devices", "max_steps"), ("warm_start", "steps"), ("distillation", "steps"), ("tune", "steps"))
+MORE = ("federation.workers=1", "evaluate.devices=false", "evaluate.proxies=false", "evaluate.students=false")
+"""One core a run; what devices' models and proxies are worth is the study's question."""
 HEAD = """| method | seeds | perplexity | nats above DeepFusion (95%) | traffic | device memory | FLOPs: devices | server |
 |---|---|---|---|---|---|---|---|"""
 """Traffic and FLOPs are the whole fleet's, memory is the largest device's."""
@@ -52,7 +54,7 @@ def measure(method: str, seed: int, steps: dict[str, int], out: Path, results: P
     target = results / f"{method}-seed-{seed}.json"
     if target.exists():
         return
-    values = [f"{key}={value}" for key, value in steps.items()] + ["federation.workers=1", *more]
+    values = [f"{key}={value}" for key, value in steps.items()] + [*MORE, *more]
     command = [sys.executable, "-m", "deepfusion", "compare", str(CONFIG), "--methods", method, "--seeds", str(seed)]
     command += ["--out", str(out), *(part for value in values for part in ("--set", value))]
     print(f"{method}, seed {seed}", flush=True)

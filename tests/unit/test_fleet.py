@@ -226,12 +226,41 @@ def test_silent_lying_and_unreadable_devices_keep_nobody_waiting_and_stop_nothin
 
 
 def test_what_a_device_says_of_its_failure_steers_no_terminal() -> None:
-    status = FleetStatus(True, [DeviceStatus("a", "failed", True, 0.0, "\\[/x] \x1b[2J [red]gone", 0, 0)])
+    status = FleetStatus(True, None, [DeviceStatus("a", "failed", True, 0.0, "\\[/x] \x1b[2J [red]gone", 0, 0)])
     console = Console(file=io.StringIO(), width=200)
     console.print(status_table(status))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "\\[/x]  [2J [red]gone" in shown
     assert "\x1b[2J" not in shown
+
+
+@pytest.mark.parametrize("gone", ["raises", "never answers"])
+def test_a_superlink_that_does_not_answer_is_told(gone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deepfusion.federation.roll._EVERY", 0.02)
+    monkeypatch.setattr("deepfusion.fleet.status.STALE_SECONDS", 0.3)
+    over, answers = threading.Event(), iter([[1]])
+
+    def look() -> list[int]:
+        for online in answers:
+            return online
+        if gone == "never answers":
+            over.wait()
+        raise ConnectionError
+
+    with Roll(tmp_path / ROLL, lambda: {"a": 1}).watching(look):
+        time.sleep(0.15)
+        status = fleet_status(tmp_path)
+        assert (status.running, status.silent_seconds, status.devices[0].online) == (True, None, True)
+        time.sleep(0.45)
+        status = fleet_status(tmp_path)
+        over.set()
+    assert status.running
+    assert status.silent_seconds is not None
+    assert status.silent_seconds > 0.3
+    assert status.devices[0].online is None
+    console = Console(file=io.StringIO(), width=200)
+    console.print(status_table(status))
+    assert "the SuperLink has not answered for" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_the_status_is_what_the_server_last_saw(tmp_path: Path) -> None:

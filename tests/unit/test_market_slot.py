@@ -255,11 +255,16 @@ def test_open_clear_and_audit_from_the_command_line(
     assert "loses" in told
     assert "Price" in told
     book = tmp_path / "bids.ledger.json"
+    assert call(monkeypatch, "clear", path, "--capacity", 6e10, *seed, "--mode", "global") == 0, "the same once more"
     assert call(monkeypatch, "audit", book, "--commitment", promised, "--bids", path) == 0
     assert "is what the rules make" in capsys.readouterr().out
     book.write_text(book.read_text().replace(read_ledger(book).seed, "b" * 64))
     assert call(monkeypatch, "audit", book, "--commitment", promised) == 1
     assert "drawn again" in capsys.readouterr().out
+    capsys.readouterr()
+    assert call(monkeypatch, "clear", path) == 2
+    assert "another ledger is there already" in capsys.readouterr().err
+    book.unlink()
     assert call(monkeypatch, "clear", path, "--json") == 0
     assert json.loads(capsys.readouterr().out)["winners"]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from deepfusion.artifacts import write_atomic
 from deepfusion.errors import ResumeError
@@ -40,6 +40,20 @@ class Entry:
     online: bool = False
 
 
+class Sight(NamedTuple):
+    """What the server last wrote.
+
+    Attributes:
+        seen: when it wrote, seconds since 1970.
+        answered: when the SuperLink last told it who is online.
+        entries: of each device.
+    """
+
+    seen: float
+    answered: float
+    entries: dict[str, Entry]
+
+
 class Roll:
     """Written by the server whenever something has changed; never read by it."""
 
@@ -51,6 +65,7 @@ class Roll:
         """
         self._path, self._nodes = path, nodes
         self._entries = {device_id: Entry() for device_id in nodes()}
+        self._answered = time.time()
         self._lock = threading.Lock()
         self._write()
 
@@ -64,10 +79,15 @@ class Roll:
 
         def watch(over: threading.Event) -> None:
             while not over.wait(_EVERY):
-                with suppress(Exception):  # the SuperLink is gone; whoever waits for an upload says so
+                with suppress(Exception):  # a SuperLink that is gone may raise, or let it wait
                     self.look(look())
 
-        with beside(watch, "roll", patience=_EVERY):
+        def write(over: threading.Event) -> None:
+            while not over.wait(_EVERY):
+                with self._lock:
+                    self._write()
+
+        with beside(watch, "roll", patience=_EVERY), beside(write, "roll's writer"):
             yield self
 
     def tell(self, device_id: str, state: str, reason: str) -> None:
@@ -85,22 +105,25 @@ class Roll:
             for device_id in nodes.keys() | self._entries.keys():
                 entry = self._entries.get(device_id, Entry())
                 self._entries[device_id] = replace(entry, online=nodes.get(device_id) in present)
+            self._answered = time.time()
             self._write()
 
     def _write(self) -> None:
         devices = {device_id: asdict(entry) for device_id, entry in self._entries.items()}
-        write_atomic(self._path, json.dumps({"seen": time.time(), "devices": devices}, indent=1))
+        told = {"seen": time.time(), "answered": self._answered, "devices": devices}
+        write_atomic(self._path, json.dumps(told, indent=1))
 
 
-def read_roll(path: Path) -> tuple[float, dict[str, Entry]]:
-    """When the server last looked (seconds since 1970), and what it saw.
+def read_roll(path: Path) -> Sight:
+    """What the server last wrote.
 
     Raises:
         ResumeError: there is no roll, or it is none.
     """
     try:
         told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return float(told["seen"]), {device_id: Entry(**entry) for device_id, entry in told["devices"].items()}
+        entries = {device_id: Entry(**entry) for device_id, entry in told["devices"].items()}
+        return Sight(float(told["seen"]), float(told["answered"]), entries)
     except FileNotFoundError:
         raise ResumeError(f"{path}: no fleet has run here; give the folder of a `deepfusion fleet run`") from None
     except (ValueError, TypeError, KeyError) as error:

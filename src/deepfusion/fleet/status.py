@@ -29,7 +29,7 @@ class DeviceStatus:
 
     Attributes:
         state: a value of `WORDS`.
-        online: whether its node is connected; None where no run looks.
+        online: whether its node is connected; None where no run looks, or the SuperLink does not answer it.
         seconds: since the state began.
         reason: why it waits or has failed.
         down_bytes, up_bytes: what it was sent, and has sent.
@@ -50,9 +50,11 @@ class FleetStatus:
 
     Attributes:
         running: whether a run is looking at it now.
+        silent_seconds: how long the SuperLink has told that run nothing; None while it answers, and without a run.
     """
 
     running: bool
+    silent_seconds: float | None
     devices: list[DeviceStatus]
 
     def as_dict(self) -> dict[str, Any]:
@@ -66,9 +68,11 @@ def fleet_status(run: Path) -> FleetStatus:
     Raises:
         ResumeError: no fleet has run there.
     """
-    seen, entries = read_roll(run / ROLL)
+    sight = read_roll(run / ROLL)
     now, rows = time.time(), read_rows(run / "ledger.jsonl")
-    running = now - seen < STALE_SECONDS
+    running = now - sight.seen < STALE_SECONDS
+    silent = sight.seen - sight.answered if running and sight.seen - sight.answered >= STALE_SECONDS else None
+    known = running and silent is None
 
     def state(device_id: str, told: str) -> str:
         kept = told == "registered" and (run / "uploads" / f"{device_id}.safetensors").exists()
@@ -77,12 +81,12 @@ def fleet_status(run: Path) -> FleetStatus:
     def total(device_id: str, direction: str) -> int:
         return sum(row.bytes for row in rows if row.device == device_id and row.direction == direction)
 
-    return FleetStatus(running, [
+    return FleetStatus(running, None if silent is None else round(silent, 1), [
         DeviceStatus(
-            device_id, state(device_id, entry.state), entry.online if running else None, round(max(0.0, now - entry.since), 1),
+            device_id, state(device_id, entry.state), entry.online if known else None, round(max(0.0, now - entry.since), 1),
             entry.reason, total(device_id, "down"), total(device_id, "up"),
         )
-        for device_id, entry in sorted(entries.items())
+        for device_id, entry in sorted(sight.entries.items())
     ])  # fmt: skip
 
 
@@ -98,9 +102,11 @@ def status_table(status: FleetStatus) -> Table:
         if (count := sum(device.state == word for device in status.devices))
     )  # fmt: skip
     online = sum(bool(device.online) for device in status.devices)
-    title = (
-        f"{len(status.devices)} registered, {online} online; {counts}" if status.running else f"no run now; {counts}"
-    )
+    title = f"{len(status.devices)} registered, {online} online; {counts}"
+    if not status.running:
+        title = f"no run now; {counts}"
+    elif status.silent_seconds is not None:
+        title = f"the SuperLink has not answered for {status.silent_seconds:,.0f} s, start it again; {counts}"
     table = Table("device", "online", "state", "since", "down", "up", "why", title=title, title_justify="left")
     for device in status.devices:
         there = "-" if device.online is None else "yes" if device.online else "no"

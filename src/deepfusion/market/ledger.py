@@ -77,8 +77,17 @@ class Ledger(Opened):
     result: dict[str, Any]
 
     def save(self, path: Path) -> None:
-        """Write the ledger as JSON."""
-        write_atomic(path, self.model_dump_json(indent=1))
+        """Write the ledger as JSON.
+
+        Raises:
+            MarketError: another ledger is there; the audit of a slot that was cleared would be lost.
+        """
+        text = self.model_dump_json(indent=1)
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            raise MarketError(
+                f"{path}: another ledger is there already; give another path by --out, or put it away first"
+            )
+        write_atomic(path, text)
 
 
 def open_slot(slot: str) -> Opened:
