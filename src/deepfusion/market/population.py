@@ -88,7 +88,7 @@ class PopulationOptions:
     def faults(self) -> Iterator[str]:
         """What is wrong with the values, and the cure."""
         if not 1 <= self.fewest <= self.most <= self.count:
-            yield f"fewest = {self.fewest}, most = {self.most}, count = {self.count}: must ascend from 1"
+            yield f"fewest = {self.fewest}, most = {self.most}, count = {self.count}: must ascend from 1; set them together"
         for low, high in (("slowest_device", "fastest_device"), ("tightest", "loosest")):
             if not 0 < getattr(self, low) <= getattr(self, high) < math.inf:
                 yield f"{low} = {getattr(self, low)}, {high} = {getattr(self, high)}: must be finite and ascend from above 0"
