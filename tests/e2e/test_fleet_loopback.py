@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from deepfusion.artifacts import holder
@@ -22,9 +21,6 @@ from deepfusion.fleet.faults import (
     Trainings,
     When,
     clients,
-    kill_client,
-    kill_service,
-    on_server,
     put_in,
     skewed,
     state_is,
@@ -37,7 +33,7 @@ from deepfusion.fleet.supervise import Fleet, Service, fleet_on_this_machine
 from fleet_world import IDS, result_bytes
 from loopback_world import free_port, processes_of
 
-pytestmark = [pytest.mark.fleet, pytest.mark.slow]
+pytestmark = pytest.mark.fleet
 
 
 @pytest.fixture
@@ -57,26 +53,6 @@ def test_one_command_runs_a_fleet_that_ends_with_the_bytes_of_the_local_run(
     status = fleet_status(layout.server / "run")
     assert {device.device: device.state for device in status.devices} == dict.fromkeys(IDS, "uploaded")
     assert all(device.up_bytes > 100_000 for device in status.devices)
-
-
-@pytest.mark.parametrize("fault", ["client", "node", "superlink", "server"])
-def test_a_kill_loses_no_upload_trains_nothing_twice_and_changes_no_byte(
-    fault: str, layout: Layout, local: dict[str, bytes]
-) -> None:
-    trained, run = Trainings(layout), layout.server / "run"
-    with fleet_on_this_machine(layout) as fleet:
-        kill = {
-            "client": lambda: kill_client(layout, "device-001"),
-            "node": lambda: kill_service(fleet.nodes["device-002"], state_is(layout, "device-002", "training")),
-            "superlink": lambda: kill_service(fleet.link, state_is(layout, "device-000", "uploaded")),
-            "server": lambda: on_server(layout, (run / "proxies").exists, psutil.Process.kill),
-        }[fault]()  # fmt: skip
-        with kill.watching():
-            run_here(fleet, resume=False, tick=trained.look)
-    assert kill.done
-    assert result_bytes(run) == local
-    assert trained.counts == dict.fromkeys(IDS, 1)
-    assert processes_of(layout.folder) == []
 
 
 def test_a_second_command_waits_for_the_server_that_the_first_has_left_behind(

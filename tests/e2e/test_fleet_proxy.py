@@ -19,7 +19,7 @@ from deepfusion.fleet.supervise import Service, fleet_on_this_machine
 from fleet_world import result_bytes
 
 NGINX = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
-pytestmark = [pytest.mark.fleet, pytest.mark.slow, pytest.mark.skipif(NGINX is None, reason="nginx is not installed")]
+pytestmark = [pytest.mark.fleet, pytest.mark.skipif(NGINX is None, reason="nginx is not installed")]
 DOCS = Path(__file__).parents[2] / "docs" / "fleet.md"
 REST = """
 daemon off;
