@@ -28,7 +28,7 @@ import numpy as np
 from deepfusion.comparing import MAIN, document_scores
 from deepfusion.methods import methods
 from deepfusion.record import Record
-from deepfusion.report.comparison import Comparison, MethodResult, Run, Spread, compare_runs
+from deepfusion.report.comparison import Comparison, MethodResult, Run, compare_runs
 from deepfusion.report.comparison_page import write_comparison
 from deepfusion.report.rows import size
 
@@ -90,22 +90,18 @@ def table(found: Comparison) -> str:
     lines = [HEAD, *(_line(method) for method in found.methods)]
     domains = list(found.methods[0].domains)
     lines += ["", f"| perplexity in each domain | {' | '.join(domains)} |", "|---" * (len(domains) + 1) + "|"]
-    lines += [f"| {m.name} | {' | '.join(_spread(m.domains[d]) for d in domains)} |" for m in found.methods]
+    lines += [f"| {m.name} | {' | '.join(m.domains[d].text(1) for d in domains)} |" for m in found.methods]
     return "\n".join(lines)
 
 
 def _line(method: MethodResult) -> str:
     line = (
-        f"| {method.name} | {len(method.seeds)} | {_spread(method.perplexity)} | {method.gap or ''} | {size(method.total_bytes)} "
+        f"| {method.name} | {len(method.seeds)} | {method.perplexity.text(1)} | {method.gap or ''} | {size(method.total_bytes)} "
         f"| {size(method.device_memory_bytes)} | {method.device_flops:.1e} | {method.server_flops:.1e} |"
     )
     if method.name != MAIN or method.public_only is None:
         return line
-    return f"{line}\n| *public text only* | {len(method.seeds)} | {_spread(method.public_only)} | | | | | |"
-
-
-def _spread(value: Spread) -> str:
-    return f"{value.mean:.1f} ± {value.deviation:.1f}"
+    return f"{line}\n| *public text only* | {len(method.seeds)} | {method.public_only.text(1)} | | | | | |"
 
 
 def main() -> None:

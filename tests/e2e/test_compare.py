@@ -130,6 +130,7 @@ def test_the_page_stands_alone_and_shows_every_method(compared: tuple[Path, Comp
         "Where the bytes went",
     ):
         assert title in page
+    assert all("±" in method.perplexity.text(1) for method in compared[1].methods)
     for group in range(len(NAMES)):
         assert page.count(f'data-m="{group}"') >= 5, "two tables and three charts follow its checkbox"
 
@@ -139,6 +140,9 @@ def test_a_method_that_fails_is_named_and_the_others_go_on(config: RunConfig, tm
     tree["devices"]["memory_limit_gib"] = 0.0034  # enough for the devices' own models, not for the whole MoE
     found = compare(parse_config(tree), ["deepfusion", "fedavg"], [0], tmp_path)
     assert [method.name for method in found.methods] == ["deepfusion"]
+    assert found.methods[0].perplexity.deviation is None, "one seed has no spread"
+    assert "±" not in found.methods[0].perplexity.text(1)
+    assert "Fewer than 3 seeds of deepfusion" in (tmp_path / "compare.html").read_text()
     assert "does not fit" in found.failures["fedavg, seed 0"] or "do not fit" in found.failures["fedavg, seed 0"]
     assert "Did not come to an end" in (tmp_path / "compare.html").read_text()
 

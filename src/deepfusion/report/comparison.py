@@ -18,6 +18,9 @@ from deepfusion.record import Record
 from deepfusion.report.rows import size
 from deepfusion.statistics import paired_difference
 
+CLAIM = 3
+"""Seeds that a claim needs."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -39,10 +42,14 @@ class _Part(BaseModel):
 
 
 class Spread(_Part):
-    """Mean over seeds, and their standard deviation (0 with one seed)."""
+    """Mean over seeds, and their standard deviation (None with one seed)."""
 
     mean: float
-    deviation: float
+    deviation: float | None
+
+    def text(self, digits: int) -> str:
+        """For people."""
+        return f"{self.mean:.{digits}f}" + ("" if self.deviation is None else f" ± {self.deviation:.{digits}f}")
 
 
 class Gap(_Part):
@@ -108,9 +115,11 @@ class Comparison(_Part):
     test_tokens: int
 
     @property
-    def many(self) -> bool:
-        """Whether some method has several seeds."""
-        return any(len(method.seeds) > 1 for method in self.methods)
+    def caution(self) -> str:
+        """Whose numbers are no claim yet; empty when every method has three seeds."""
+        few = [method.name for method in self.methods if len(method.seeds) < CLAIM]
+        said = f"Fewer than {CLAIM} seeds of {', '.join(few)}: differences are of these runs only, and no claim."
+        return said if few else ""
 
 
 def compare_runs(runs: Sequence[Run], failures: Mapping[str, str], *, main: str) -> Comparison:
@@ -131,7 +140,7 @@ def _result(name: str, runs: Mapping[int, Run], mains: Mapping[int, Run], main: 
     records = [runs[seed].record for seed in sorted(runs)]
 
     def spread(values: Sequence[float]) -> Spread:
-        return Spread(mean=statistics.mean(values), deviation=statistics.stdev(values) if len(values) > 1 else 0.0)
+        return Spread(mean=statistics.mean(values), deviation=statistics.stdev(values) if len(values) > 1 else None)
 
     def mean(values: Sequence[float]) -> float:
         return statistics.mean(values) if values else 0.0
@@ -187,7 +196,6 @@ def _gap(runs: Mapping[int, Run], mains: Mapping[int, Run]) -> Gap | None:
 
 def comparison_table(found: Comparison) -> Table:
     """One row for each method, best first."""
-    many = found.many
     table = Table(
         title=f"Methods by log-perplexity on {found.test_tokens:,} test tokens", title_justify="left", box=SIMPLE_HEAD
     )
@@ -198,18 +206,11 @@ def comparison_table(found: Comparison) -> Table:
     for method in found.methods:
         said = str(method.gap) if method.gap else ""
         table.add_row(
-            escape(method.name), str(len(method.seeds)), with_spread(method.perplexity, 1, many=many), said,
+            escape(method.name), str(len(method.seeds)), method.perplexity.text(1), said,
             f"{method.token_accuracy.mean:.1%}", size(method.total_bytes), size(method.device_memory_bytes),
             f"{method.device_tokens:,.0f}", f"{method.server_tokens:,.0f}", f"{method.device_flops:.1e}",
             f"{method.server_flops:.1e}", f"{method.left_out:g}", style="bold" if method.name == found.main else "",
         )  # fmt: skip
     said = [f"{escape(run)} failed: {escape(reason)}" for run, reason in found.failures.items()]
-    if not many:
-        said.append("One seed: differences are of these documents only. A claim needs at least three.")
-    table.caption, table.caption_justify = "\n".join(said), "left"
+    table.caption, table.caption_justify = "\n".join(filter(None, [*said, found.caution])), "left"
     return table
-
-
-def with_spread(value: Spread, digits: int, *, many: bool) -> str:
-    """A mean for people, with its deviation where there are several seeds."""
-    return f"{value.mean:.{digits}f}" + (f" ± {value.deviation:.{digits}f}" if many else "")

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from deepfusion.artifacts import write_atomic
 from deepfusion.report import charts
-from deepfusion.report.comparison import Comparison, MethodResult, with_spread
+from deepfusion.report.comparison import Comparison, MethodResult
 from deepfusion.report.render import render
 from deepfusion.report.rows import size
 
@@ -30,13 +30,13 @@ def write_comparison(found: Comparison, path: Path) -> None:
         title="Comparison of methods",
         lead=lead(found),
         main=found.main,
-        many=found.many,
+        caution=found.caution,
         tokens=f"{found.test_tokens:,}",
         methods=found.methods,
         failures=found.failures,
         columns=[column.replace("the main", found.main) for column in COLUMNS],
         left=[column.replace("the main", found.main) for column in LEFT],
-        rows=[{"own": m.name == found.main, "cells": _cells(m, many=found.many)} for m in found.methods],
+        rows=[{"own": m.name == found.main, "cells": _cells(m)} for m in found.methods],
         domains=sorted(found.methods[0].domains),
         charts=[(title, about, Markup(svg)) for title, about, svg in _charts(found) if svg],
     )
@@ -61,17 +61,17 @@ def lead(found: Comparison) -> str:
     return f"{said}. {'; '.join(parts).capitalize()}." if parts else f"{said}."
 
 
-def _cells(m: MethodResult, *, many: bool) -> list[tuple[str, float | None]]:
+def _cells(m: MethodResult) -> list[tuple[str, float | None]]:
     """Text and value of each column; the value is what sorting goes by, None where the text itself is."""
     nats, accuracy, public = m.log_perplexity, m.token_accuracy, m.public_only
     return [
         (m.name, None),
         (str(len(m.seeds)), len(m.seeds)),
-        (with_spread(m.perplexity, 1, many=many), m.perplexity.mean),
-        (with_spread(nats, 3, many=many), nats.mean),
+        (m.perplexity.text(1), m.perplexity.mean),
+        (nats.text(3), nats.mean),
         (str(m.gap) if m.gap else "", None),
         (f"{accuracy.mean:.1%}", accuracy.mean),
-        (with_spread(public, 1, many=many) if public else "", public.mean if public else 0.0),
+        (public.text(1) if public else "", public.mean if public else 0.0),
         *((size(value), value) for value in (m.total_bytes, m.upload_bytes, m.download_bytes, m.init_bytes)),
         (size(m.device_memory_bytes), m.device_memory_bytes),
         (size(m.device_peak_bytes) if m.device_peak_bytes else "", m.device_peak_bytes or 0.0),
@@ -82,7 +82,7 @@ def _cells(m: MethodResult, *, many: bool) -> list[tuple[str, float | None]]:
 
 
 def _charts(found: Comparison) -> list[tuple[str, str, str]]:
-    spread = "Bars: standard deviation over seeds. " if found.many else ""
+    spread = "Bars: standard deviation over seeds. " if any(len(m.seeds) > 1 for m in found.methods) else ""
     return [
         ("Quality against traffic", f"All bytes that cross the door, both ways. {spread}Lower left is better.",
          _against(found, lambda method: method.total_bytes, "bytes, logarithmic", size)),
@@ -100,7 +100,7 @@ def _against(
     found: Comparison, cost: Callable[[MethodResult], float], x_name: str, text: Callable[[float], str]
 ) -> str:
     marks = [
-        charts.Point(group, m.name, cost(m), m.log_perplexity.mean, m.log_perplexity.deviation)
+        charts.Point(group, m.name, cost(m), m.log_perplexity.mean, m.log_perplexity.deviation or 0.0)
         for group, m in enumerate(found.methods)
     ]
     return charts.points(marks, x_name, "nats a token", text)
