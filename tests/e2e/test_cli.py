@@ -120,7 +120,6 @@ def test_plan_predicts_without_training(
 def test_plan_says_which_text_is_not_there_yet(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "400")
     assert call(monkeypatch, "plan", config, "--set", "data.corpora.0.public=garden/pubic.jsonl") == 0
     said = capsys.readouterr().err
     assert "garden/pubic.jsonl: no such file" in said

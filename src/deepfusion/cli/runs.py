@@ -90,7 +90,7 @@ def plan(config: ConfigPath, seed: Seed = None, overrides: Overrides = None, as_
     for table in plan_tables(result):
         out.print(table)
     for missing in result.missing_text:
-        err.print(f"[yellow]Not there yet:[/yellow] {escape(missing)}", highlight=False)
+        err.print(f"[yellow]Not there yet:[/yellow] {escape(missing)}", highlight=False, soft_wrap=True)
 
 
 @app.command(
