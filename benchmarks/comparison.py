@@ -123,12 +123,9 @@ def main() -> None:
     if not asked.table:
         steps = shortened(asked.share)
         for wave in (True, False):  # the others start from what the seed's DeepFusion has made
+            mine = [(method, seed) for seed in asked.seeds for method in asked.methods if (method == MAIN) == wave]
             with ThreadPoolExecutor(asked.jobs) as pool:
-                for seed in asked.seeds:
-                    for method in (m for m in asked.methods if (m == MAIN) == wave):
-                        pool.submit(
-                            measure, method, seed, steps, asked.out / name, results, asked.more
-                        ).add_done_callback(lambda done: done.result())
+                list(pool.map(lambda one: measure(*one, steps, asked.out / name, results, asked.more), mine))
     found = measured(results)
     if found is None:
         sys.exit(f"{results}: no results yet; leave --table out to measure")
