@@ -6,8 +6,9 @@
     python benchmarks/comparison.py --share 0.1 --methods deepfusion fedavg
     python benchmarks/comparison.py --share 0.1 --table             the table of the results so far, and its page
 
---share shortens every training of the benchmark, the devices' and the server's alike; results of different shares lie apart. It
-is `deepfusion compare` otherwise. A result that is there is not measured again, so this can be stopped and taken up at any time.
+--share shortens every training of the benchmark, the devices' and the server's alike. It is `deepfusion compare` otherwise.
+Results of different shares lie apart, and those of other settings (--set) under a --name of their own. A result that is there
+is not measured again, so this can be stopped and taken up at any time.
 """
 
 from __future__ import annotations
@@ -111,14 +112,17 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=sorted(methods), choices=sorted(methods))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
-        "--set", nargs="+", default=[], dest="more", help="more values of the configuration: section.key=value"
+        "--set", nargs="+", default=[], dest="more", help="other values of the configuration: section.key=value"
     )
+    parser.add_argument("--name", help="of the comparison with these other values")
     parser.add_argument("--out", type=Path, default=Path("runs/comparison"), help="run folders")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one core each")
     parser.add_argument("--table", action="store_true", help="measure nothing, print the table")
     asked = parser.parse_args()
-    name = f"share-{asked.share:g}"
+    if asked.more and not asked.name:
+        parser.error("--set: results of other settings lie apart; say with --name what they are to be called")
+    name = "-".join(filter(None, (f"share-{asked.share:g}", asked.name)))
     results: Path = asked.results / name
     if not asked.table:
         steps = shortened(asked.share)

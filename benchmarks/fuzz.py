@@ -30,7 +30,8 @@ import torch
 from deepfusion import state_dicts
 from deepfusion.data.options import TokenizerOptions
 from deepfusion.data.tokenizer import make_tokenizer
-from deepfusion.devices.models import from_config, init_id, make_config, save
+from deepfusion.devices.configurations import make_config
+from deepfusion.devices.models import from_config, init_id, save
 from deepfusion.devices.presets import PRESETS
 from deepfusion.errors import UploadError
 from deepfusion.federation import formats

@@ -26,8 +26,9 @@ from typing import Any
 
 import torch
 
+from deepfusion.devices.configurations import make_config
 from deepfusion.devices.memory import num_parameters
-from deepfusion.devices.models import from_config, load, make_config
+from deepfusion.devices.models import from_config, load
 from deepfusion.devices.presets import PRESETS
 from deepfusion.moe import families
 from deepfusion.moe.stream import merged_tensors

@@ -18,7 +18,8 @@ from opacus.grad_sample.grad_sample_module import GradSampleHooks
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from deepfusion.devices.models import config_of, from_config
+from deepfusion.devices.configurations import config_of
+from deepfusion.devices.models import from_config
 from deepfusion.types import ModelSpec
 
 ROWS = 8

@@ -27,7 +27,8 @@ from deepfusion.data.options import TokenizerOptions
 from deepfusion.data.packing import PackedText
 from deepfusion.data.prepare import corpus_from_texts
 from deepfusion.data.tokenizer import make_tokenizer
-from deepfusion.devices.models import from_config, init_id, make_config, save
+from deepfusion.devices.configurations import make_config
+from deepfusion.devices.models import from_config, init_id, save
 from deepfusion.devices.presets import PRESETS
 from deepfusion.moe import families
 from deepfusion.stages.cluster import KMeans

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from deepfusion.artifacts import key_of, write_atomic
 from deepfusion.data.packing import PackedText
 from deepfusion.data.prepare import corpus_from_files
-from deepfusion.devices.models import reach_of, read_config
+from deepfusion.devices.configurations import reach_of, read_config
 from deepfusion.errors import ConfigError
 from deepfusion.moe import Family, families
 from deepfusion.stages.distill import DistillOptions, Logits, Vaa, distill

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig
 
-from deepfusion.devices.models import load, read_config
+from deepfusion.devices.configurations import read_config
+from deepfusion.devices.models import load
 from deepfusion.errors import ModelError
 from deepfusion.moe import Family, families
 from deepfusion.moe.stream import merged_tensors

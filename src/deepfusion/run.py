@@ -23,7 +23,7 @@ from deepfusion.data.options import CorpusSource
 from deepfusion.data.prepare import PreparedData, corpus_from_source, load_prepared, prepare
 from deepfusion.data.sources import fingerprint
 from deepfusion.data.split import divide
-from deepfusion.devices import memory, models
+from deepfusion.devices import configurations, memory
 from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import DeviceCard, cards, shared_ids
 from deepfusion.devices.releases import Seeded
@@ -109,7 +109,7 @@ def too_large(config: RunConfig) -> dict[str, str]:
 def own_configs(config: RunConfig) -> dict[str, PreTrainedConfig]:
     """Configuration of each architecture of the fleet, by its name."""
     vocabulary, length = config.data.tokenizer.vocab_size, config.data.sequence_length
-    return {s.name: models.config_of(s, vocab_size=vocabulary, positions=length) for s in config.devices.models}
+    return {s.name: configurations.config_of(s, vocab_size=vocabulary, positions=length) for s in config.devices.models}
 
 
 def trainings(config: RunConfig) -> dict[str, tuple[Training, ...]]:

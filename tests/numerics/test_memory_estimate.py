@@ -19,7 +19,8 @@ import json, sys
 import torch
 from contextlib import nullcontext
 import numpy as np
-from deepfusion.devices.models import config_of, from_config
+from deepfusion.devices.configurations import config_of
+from deepfusion.devices.models import from_config
 from deepfusion.devices.noise import Noise as Secret
 from deepfusion.devices.releases import Draws
 from deepfusion.methods.base import Training

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
-from deepfusion.devices.models import from_config, make_config, save
+from deepfusion.devices.configurations import make_config
+from deepfusion.devices.models import from_config, save
 from deepfusion.devices.presets import PRESETS
 from deepfusion.moe import Family, families
 from deepfusion.types import Batch, Proxy, concatenate

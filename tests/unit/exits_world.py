@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from deepfusion.devices.models import from_config, make_config
+from deepfusion.devices.configurations import make_config
+from deepfusion.devices.models import from_config
 from deepfusion.devices.presets import PRESETS
 from deepfusion.market.exits.backbone import Backbone
 from deepfusion.market.exits.heads import ExitHeads

@@ -8,8 +8,9 @@ import torch
 from devices_world import DENSE, SPARSE, batch_of
 
 from deepfusion.devices import features
+from deepfusion.devices.configurations import config_of, make_config
 from deepfusion.devices.features import blocks, forward, read
-from deepfusion.devices.models import config_of, from_config, make_config
+from deepfusion.devices.models import from_config
 from deepfusion.errors import ModelError
 from deepfusion.types import Batch, ModelSpec
 

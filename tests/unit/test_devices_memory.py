@@ -8,7 +8,8 @@ import torch
 from devices_world import DENSE, SPARSE
 
 from deepfusion.devices import memory
-from deepfusion.devices.models import config_of, from_config
+from deepfusion.devices.configurations import config_of
+from deepfusion.devices.models import from_config
 from deepfusion.errors import MemoryLimitError
 from deepfusion.training import Optimisation
 from deepfusion.types import ModelSpec

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deepfusion.config import load_config
-from deepfusion.devices import memory, models
+from deepfusion.devices import configurations, memory
 from deepfusion.devices.fleet import cards
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -27,7 +27,7 @@ def test_the_papers_fleets_are_priced_without_a_network_and_fit(name: str, monke
     monkeypatch.setattr(socket.socket, "connect", refuse)
     config = load_config(CONFIGS / f"{name}.toml")
     length, training = config.data.sequence_length, config.devices.training
-    shapes = {s.name: models.config_of(s, positions=length) for s in config.devices.models}
+    shapes = {s.name: configurations.config_of(s, positions=length) for s in config.devices.models}
     for card in cards(config.devices, config.seed):
         memory.check_fits(card.id, shapes[card.model.name], training, length, card.memory_limit_bytes)
     uploads = {name: round(memory.upload_bytes(shape) / 2**30, 2) for name, shape in shapes.items()}

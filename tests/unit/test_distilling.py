@@ -12,7 +12,8 @@ import torch
 from distill_world import config, file_bytes, write_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deepfusion.devices.models import from_config, load, reach_of, read_config, save
+from deepfusion.devices.configurations import reach_of, read_config
+from deepfusion.devices.models import from_config, load, save
 from deepfusion.distilling import DistillOptions, distill_folders
 from deepfusion.errors import ConfigError, ModelError
 from deepfusion.moe import families

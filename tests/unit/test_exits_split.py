@@ -10,8 +10,9 @@ import torch
 from devices_world import batch_of
 from exits_world import FAMILIES, VOCABULARY, backbone_of
 
+from deepfusion.devices.configurations import make_config
 from deepfusion.devices.features import forward
-from deepfusion.devices.models import from_config, make_config
+from deepfusion.devices.models import from_config
 from deepfusion.errors import MarketError, ModelError
 from deepfusion.market.exits.backbone import Backbone, Run
 from deepfusion.market.exits.split import device_half, edge_half, run_split

@@ -22,7 +22,8 @@ from deepfusion import cli
 from deepfusion.artifacts import key_of
 from deepfusion.data.packing import PackedText
 from deepfusion.data.prepare import corpus_from_texts
-from deepfusion.devices.models import from_config, make_config, save
+from deepfusion.devices.configurations import make_config
+from deepfusion.devices.models import from_config, save
 from deepfusion.devices.presets import PRESETS
 from deepfusion.errors import DataError, DeepFusionError
 from deepfusion.market.architectures import SIGMAS, shipped_profiles

@@ -11,7 +11,8 @@ import pytest
 import torch
 from devices_world import byte_tokenizer
 
-from deepfusion.devices.models import from_config, make_config, save
+from deepfusion.devices.configurations import make_config
+from deepfusion.devices.models import from_config, save
 from deepfusion.devices.presets import PRESETS
 from deepfusion.stages import generate
 from deepfusion.stages.generate import GenerateOptions, sample

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from deepfusion.devices.models import from_config, make_config
+from deepfusion.devices.configurations import make_config
+from deepfusion.devices.models import from_config
 from deepfusion.devices.presets import PRESETS
 from deepfusion.moe import families
 from deepfusion.moe.growth import cannot_grow, grow

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from deepfusion.app import launch
 from deepfusion.config import parse_config
-from deepfusion.devices.models import from_config, load, make_config
+from deepfusion.devices.configurations import make_config
+from deepfusion.devices.models import from_config, load
 from deepfusion.devices.presets import PRESETS
 from deepfusion.errors import ConfigError, ModelError
 from deepfusion.methods import TargetOptions

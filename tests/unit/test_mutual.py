@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from deepfusion.devices.configurations import make_config
 from deepfusion.devices.features import forward
-from deepfusion.devices.models import from_config, make_config
+from deepfusion.devices.models import from_config
 from deepfusion.devices.presets import PRESETS
 from deepfusion.fused import Scores
 from deepfusion.losses import next_token_losses

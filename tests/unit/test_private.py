@@ -19,9 +19,10 @@ from scipy.stats import norm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from deepfusion.devices.configurations import config_of, make_config
 from deepfusion.devices.documents import PrivateDocuments
 from deepfusion.devices.features import forward
-from deepfusion.devices.models import config_of, from_config, make_config
+from deepfusion.devices.models import from_config
 from deepfusion.devices.noise import Noise
 from deepfusion.devices.privacy import PrivacyOptions, draws_for, epsilon_of
 from deepfusion.devices.releases import Draws

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from deepfusion.devices.configurations import make_config
 from deepfusion.devices.features import forward
-from deepfusion.devices.models import make_config
 from deepfusion.devices.presets import PRESETS
 from deepfusion.errors import ModelError
 from deepfusion.moe.base import MATRICES

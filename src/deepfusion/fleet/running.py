@@ -53,14 +53,14 @@ def run_on(
     Where a server is at work on the run folder already, because the command that began it was killed, its end is waited for.
 
     Args:
-        note: told of such a server.
+        note: told of such a server, and of a SuperLink that does not listen yet.
 
     Raises:
         DeepFusionError: what ended the run.
         FederationError: its process was killed.
         BusyError: a `deepfusion run` is at work on the run folder.
     """
-    wait_for(server, lambda: True, server.home)
+    wait_for(server, lambda: True, server.home, note=note)
     check(server, until)
     for _ in range(ATTEMPTS):
         asked = _ask_or_attach(server, resume=resume, until=until)

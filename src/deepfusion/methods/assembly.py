@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from deepfusion.artifacts import file_digest
 from deepfusion.data.packing import PackedText
-from deepfusion.devices import models
+from deepfusion.devices import configurations, models
 from deepfusion.devices.features import forward
 from deepfusion.errors import ModelError
 from deepfusion.methods.base import Site
@@ -100,7 +100,7 @@ def grown(
     """
     family, target = family_and_config(site)
     student = family.student_config(target, slices=slices)
-    reasons = {n: cannot_grow(models.read_config(str(path)), student, family) for n, path in sources.items()}
+    reasons = {n: cannot_grow(configurations.read_config(str(path)), student, family) for n, path in sources.items()}
     able = {n: path for n, path in sources.items() if reasons[n] is None}
     if not able:
         why = "; ".join(sorted({str(reason) for reason in reasons.values()}))

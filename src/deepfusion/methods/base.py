@@ -14,10 +14,10 @@ from transformers import PreTrainedConfig
 from deepfusion.artifacts import RunFolder, key_of
 from deepfusion.data.options import DataOptions
 from deepfusion.data.prepare import PreparedData
+from deepfusion.devices.configurations import check_reach, make_config, read_config
 from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import DeviceCard, FleetOptions
 from deepfusion.devices.memory import training_memory, what_would_fit
-from deepfusion.devices.models import check_reach, make_config, read_config
 from deepfusion.devices.presets import PRESETS
 from deepfusion.errors import ModelError
 from deepfusion.moe import families

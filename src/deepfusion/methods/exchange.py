@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from deepfusion.artifacts import key_of, write_atomic
 from deepfusion.data.packing import PackedText
-from deepfusion.devices import models
+from deepfusion.devices import configurations, models
 from deepfusion.devices.device import Device
 from deepfusion.devices.documents import PrivateDocuments
 from deepfusion.devices.memory import gib, num_parameters
@@ -125,7 +125,7 @@ def ask_everyone(
 def first_model(device: Device, request: Payload) -> PreTrainedModel:
     """On the device: its own model before any training, with the weights of the request or else from the request's seed."""
     vocabulary, length = int(request.metadata["vocab_size"]), device.sequence_length
-    check_fits(device, Training(models.config_of(device.model, vocab_size=vocabulary, positions=length)))
+    check_fits(device, Training(configurations.config_of(device.model, vocab_size=vocabulary, positions=length)))
     model = models.build(
         device.model,
         vocab_size=int(request.metadata["vocab_size"]),

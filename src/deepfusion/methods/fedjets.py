@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from deepfusion.artifacts import key_of
 from deepfusion.data.options import DataOptions
 from deepfusion.data.packing import PackedText
-from deepfusion.devices import models
+from deepfusion.devices import configurations, models
 from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import FleetOptions
 from deepfusion.devices.memory import num_parameters
@@ -261,7 +261,7 @@ def _preferences(device: Device, request: Payload) -> Payload:
             "the common expert is not on this device any more; begin a new run folder, so that it is sent again"
         )
     with safe_open(path, framework="pt") as file:
-        config = models.config_from_json(file.metadata()["config"])
+        config = configurations.config_from_json(file.metadata()["config"])
     common = models.from_config(config, seed=0)
     load_distinct(common, load_file(path))
     text = PackedText(device.corpus, device.sequence_length, device.seed)

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from deepfusion.artifacts import key_of
 from deepfusion.data.options import DataOptions
 from deepfusion.data.packing import PackedText
-from deepfusion.devices import models
+from deepfusion.devices import configurations, models
 from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import DeviceCard, FleetOptions
 from deepfusion.devices.memory import forward_flops_per_token
@@ -202,7 +202,7 @@ def received_model(
     Raises:
         MemoryLimitError: the device does not give the memory that its training needs.
     """
-    config = models.config_from_json(str(request.metadata["config"]))
+    config = configurations.config_from_json(str(request.metadata["config"]))
     exchange.check_fits(device, training(config))
     return models.from_config(config, seed=0)
 

@@ -13,8 +13,9 @@ from deepfusion.data.embedded import EMBEDDED, embedded_documents
 from deepfusion.data.packing import PackedText
 from deepfusion.data.prepare import source_of_files, tokenise
 from deepfusion.data.sources import Document, read_documents
+from deepfusion.devices.configurations import reach_of, read_config
 from deepfusion.devices.features import num_blocks
-from deepfusion.devices.models import load, reach_of, read_config
+from deepfusion.devices.models import load
 from deepfusion.errors import ConfigError, DataError
 from deepfusion.market.exits.backbone import Backbone
 from deepfusion.market.exits.costs import Costs, costs_of
