@@ -26,6 +26,7 @@ WORDS = {
     ],
     "garden": ["rose", "hedge", "soil", "spade", "seed", "lawn", "fern", "pond", "bee", "moss", "willow", "thorn"],
 }
+TRAINING = {"steps": 2, "optimisation": {"batch_size": 4, "learning_rate": 3e-3}}
 WARM = {"steps": 3, "training": {"batch_size": 4, "learning_rate": 3e-3}}
 QUIET = {"rounds": False, "public_only": False}
 """[evaluate] of a run of which only the last model matters."""
@@ -74,6 +75,7 @@ def small_tree(root: Path, **changes: Any) -> dict[str, Any]:
 
 def rounds_tree(root: Path, method: str, **changes: Any) -> dict[str, Any]:
     """The same for a method in two rounds of two steps; `changes` may take the place of these, too."""
-    tree = small_tree(root, **{"method": method, "warm_start": WARM, "evaluate": QUIET, "rounds": 2, **changes})
+    given = {"method": method, "warm_start": WARM, "training": TRAINING, "evaluate": QUIET, "rounds": 2}
+    tree = small_tree(root, **{**given, **changes})
     tree["devices"]["max_steps"] = 4
     return {name: section for name, section in tree.items() if name not in ("cluster", "distillation")}

@@ -66,7 +66,7 @@ def _text_of(config: RunConfig, site: Site, device_id: str) -> dict[str, Any]:
 def budget_of(config: RunConfig, site: Site, devices: Sequence[DeviceRecord]) -> BudgetRecord:
     """Tokens and FLOPs of devices and server (baselines, section 9); who was not asked for its own model has not trained it."""
     fleet, length, found = config.devices, site.sequence_length, trainings(config)
-    read = flops = 0
+    private = read = flops = 0
     asked = json.loads(path.read_text()) if (path := site.folder / ASKED).exists() else None
     for device in devices:
         if fleet.privacy is None:
@@ -75,12 +75,14 @@ def budget_of(config: RunConfig, site: Site, devices: Sequence[DeviceRecord]) ->
         else:  # a document a row, on average
             steps = steps_for(device.documents, 1, fleet.training, fleet.epochs, fleet.max_steps)
             each_row = min(length, device.tokens / max(1, device.documents))
+        whole = steps * rows(fleet.training) * each_row
+        private += round(whole)
         own = 0 if asked is None or device.id in asked else 1  # who was not asked for a model has not trained its own
         for training in found[device.architecture][own:]:
-            mine = round(steps * training.share * rows(fleet.training) * each_row)
+            mine = round(whole * training.share)
             each = 3 * memory.forward_flops_per_token(training.model)
             read, flops = read + mine, flops + (mine + training.public_rows * length) * each
-    work = config.method.server_work(shapes_of(config))
+    work = config.method.server_work(shapes_of(config)._replace(private=private))
     return BudgetRecord(
         device_tokens=read,
         server_tokens=sum(training.tokens for training in work),

@@ -49,7 +49,7 @@ def test_the_devices_send_their_whole_text_and_nothing_else(run: tuple[Path, Rec
 
 def test_private_text_adds_the_steps_that_the_devices_would_have_spent_on_it(run: tuple[Path, Record]) -> None:
     folder, record = run
-    history = json.loads((folder / "trained" / "history.json").read_text())["joint"]
+    history = json.loads((folder / "trained" / "history.json").read_text())
     reference = json.loads((folder / "reference" / "trained" / "history.json").read_text())["joint"]
     read = 0
     for device in record.devices:

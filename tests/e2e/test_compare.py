@@ -13,7 +13,7 @@ import pytest
 from deepfusion.comparing import beside, compare, document_scores
 from deepfusion.config import RunConfig, parse_config
 from deepfusion.errors import ConfigError
-from deepfusion.methods import Centralised, FedAvg, OfaKd, methods
+from deepfusion.methods import Centralised, FedAvg, FedMkt, OfaKd, methods
 from deepfusion.record import Record
 from deepfusion.report.comparison import Comparison, Gap
 from deepfusion.run import shapes_of
@@ -52,7 +52,11 @@ def test_every_rival_reads_as_many_public_tokens_on_the_server(config: RunConfig
         assert abs(read - due) <= 4 * 32, f"{name}: within a batch of four rows"
     alone = beside(config, "fedavg", 0).method
     assert isinstance(alone, FedAvg)
-    assert alone.tune.steps == (6 * 4 * 3 + 4 * 4) // 4, "distillation of three domains and tuning"
+    assert (alone.training.steps, alone.training.optimisation.batch_size) == (6, 4 * 3), "distillation of three domains"
+    assert alone.tune.steps == config.method.tune.steps  # pyright: ignore[reportAttributeAccessIssue]
+    told = beside(config, "fedmkt", 0).method
+    assert isinstance(told, FedMkt)
+    assert told.rounds * told.sequences == 6 * 4 * 3, "what the others read before their rounds is read in its rounds"
     assert (alone.rounds, alone.tune.balance) == (2, 0.0), "what the configuration gives it"
     together = beside(config, "centralised", 0).method
     assert isinstance(together, Centralised)
@@ -73,6 +77,12 @@ def test_budgets_and_traffic_are_in_the_comparison(compared: tuple[Path, Compari
     for method in by_name.values():
         assert sum(method.bytes_by_kind.values()) == method.total_bytes
         assert [len(rounds) for rounds in method.rounds] == ([2, 2] if method.name == "fedavg" else [])
+
+
+def test_public_text_alone_teaches_the_same_to_all(compared: tuple[Path, Comparison]) -> None:
+    for name in ("reference/start", "reference/merged"):
+        paths = [compared[0] / method / "seed-0" / name / "model.safetensors" for method in NAMES]
+        assert len({path.read_bytes() for path in paths}) == 1, name
 
 
 def test_what_the_main_run_has_made_is_not_made_again(compared: tuple[Path, Comparison]) -> None:

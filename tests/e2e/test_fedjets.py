@@ -52,7 +52,7 @@ def test_the_ledger_is_the_closed_form(run: tuple[Path, Record]) -> None:
         numel["X" if EXPERT.search(name) else "G" if ROUTER.search(name) else "S"] += tensor.numel()
     experts, common = (
         4,
-        sum(t.numel() for t in distinct_state(models.load(folder / "start" / "trained" / "0")).values()),
+        sum(t.numel() for t in distinct_state(models.load(folder / "reference" / "trained" / "0")).values()),
     )
     hosted = numel["S"] + numel["G"] + 2 * numel["X"] // experts
     due = {("down", "gate"): 4 * numel["G"], ("up", "preference"): 4 * experts, ("up", "embedding"): 2 * 64,
@@ -85,7 +85,7 @@ def device(run: tuple[Path, Record]) -> Device:
 
 
 def asked(folder: Path, hosted: list[int], anchor: int) -> Payload:
-    model = models.load(folder / "start" / "merged")
+    model = models.load(folder / "reference" / "merged")
     sent = rounds.request(part(distinct_state(model), hosted), with_experts(model.config, len(hosted)), 1)
     told = {"hosted": ",".join(map(str, hosted)), "anchor": anchor, "architecture": "qwen2_moe", "init_id": "x"}
     return replace(sent, metadata={**sent.metadata, **told})
@@ -105,7 +105,7 @@ def test_a_device_moves_the_gate_of_its_own_experts_only(run: tuple[Path, Record
 
 
 def test_an_anchor_teaches_the_gate_to_choose_its_expert(run: tuple[Path, Record], device: Device) -> None:
-    common = models.load(run[0] / "start" / "trained" / "0")
+    common = models.load(run[0] / "reference" / "trained" / "0")
     text = PackedText(device.corpus, 32, 0)
 
     def liking(mu: float) -> float:

@@ -62,7 +62,7 @@ def test_the_ledger_is_the_closed_form(run: tuple[Path, Record]) -> None:
 
 
 def test_the_moe_learns_and_the_rounds_say_from_whom(run: tuple[Path, Record]) -> None:
-    start, last = (models.load(run[0] / name) for name in ("start/merged", "rounds/1"))
+    start, last = (models.load(run[0] / name) for name in ("reference/merged", "rounds/1"))
     data = load_prepared(run[0] / "data")
     text = PackedText(data.public, LENGTH, 3).batch(0, 16)
     assert float(predict(last, text, 4).loss_S.mean()) < float(predict(start, text, 4).loss_S.mean())
@@ -70,7 +70,9 @@ def test_the_moe_learns_and_the_rounds_say_from_whom(run: tuple[Path, Record]) -
     assert set(told["losses"]) == {device.id for device in run[1].devices}
     assert 0 <= told["rows_of_devices"] <= 1
     assert run[1].budget is not None
-    assert run[1].budget.server_tokens == 2 * SEQUENCES * LENGTH + 4 * 4 * LENGTH
+    assert run[1].budget.server_tokens == (2 * SEQUENCES + 2 * 4 + 4 * 4) * LENGTH, (
+        "rounds, training before them, tuning"
+    )
 
 
 def test_a_round_that_a_crash_has_lost_comes_back_the_same(root: Path) -> None:
@@ -91,7 +93,7 @@ def device(run: tuple[Path, Record], root: Path) -> Device:
 
 
 def request_of(folder: Path) -> Payload:
-    data, model = load_prepared(folder / "data"), models.load(folder / "start" / "merged")
+    data, model = load_prepared(folder / "data"), models.load(folder / "reference" / "merged")
     text = PackedText(data.public, LENGTH, 9).batch(0, SEQUENCES)
     arrays = {"input_ids": text.input_ids_BT.to(torch.int16), "counted": text.counted_BT, "valid": text.valid_BT}
     arrays |= dict(zip(NAMES, predict(model, text, KEPT), strict=True))

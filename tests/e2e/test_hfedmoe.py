@@ -68,7 +68,7 @@ def ledger(folder: Path) -> list[dict[str, Any]]:
 def test_the_ledger_is_the_closed_form(run: tuple[Path, Record]) -> None:
     """Down: everything, later S + G and the experts that have changed; up: S + G, the experts sent, three tables."""
     folder, record = run
-    before, between = pieces_of(folder / "start" / "merged"), pieces_of(folder / "rounds" / "0")
+    before, between = pieces_of(folder / "reference" / "merged"), pieces_of(folder / "rounds" / "0")
     common = {name: tensor for name, tensor in between.items() if expert_of(name) is None}
     expert = size({n: t for n, t in between.items() if expert_of(n) == (0, 0)})
     changed = {n for n, t in between.items() if expert_of(n) is not None and not torch.equal(t, before[n])}
@@ -121,7 +121,7 @@ def adapted(root: Path) -> Path:
 
 
 def test_with_adapters_the_model_is_sent_once_and_then_adapters_and_routers(adapted: Path) -> None:
-    whole = distinct_state(models.load(adapted / "start" / "merged"))
+    whole = distinct_state(models.load(adapted / "reference" / "merged"))
     travelling = {
         **load_file(adapted / "rounds" / "0" / ADAPTERS),
         **{n: t for n, t in whole.items() if ROUTER.search(n)},
@@ -130,7 +130,7 @@ def test_with_adapters_the_model_is_sent_once_and_then_adapters_and_routers(adap
     common = size({name: tensor for name, tensor in parts.items() if expert_of(name) is None})
     expert = size({name: tensor for name, tensor in parts.items() if expert_of(name) == (0, 0)})
     fresh = Adapters(2, 0)
-    config = models.load(adapted / "start" / "merged").config
+    config = models.load(adapted / "reference" / "merged").config
     assert size(parts) == 4 * fresh.num_parameters(config) < num_parameters(config), "a quarter of the whole model"
     tables = sum(2 * 4 * dtype.itemsize for dtype in TABLES.values())
     for row in ledger(adapted):
@@ -148,7 +148,7 @@ def test_with_adapters_the_model_is_sent_once_and_then_adapters_and_routers(adap
 
 
 def test_with_adapters_a_round_s_model_is_the_first_one_and_their_products(adapted: Path) -> None:
-    first, last = (distinct_state(models.load(adapted / name)) for name in ("start/merged", "rounds/1"))
+    first, last = (distinct_state(models.load(adapted / name)) for name in ("reference/merged", "rounds/1"))
     adapters = load_file(adapted / "rounds" / "1" / ADAPTERS)
     moved = 0
     for name, tensor in last.items():
@@ -181,7 +181,7 @@ def test_a_round_that_a_crash_has_lost_comes_back_the_same(root: Path) -> None:
 
 
 def test_a_device_of_half_the_experts_is_sent_half_and_later_the_ones_it_used(subset: Path) -> None:
-    whole = pieces_of(subset / "start" / "merged")
+    whole = pieces_of(subset / "reference" / "merged")
     common = size({name: tensor for name, tensor in whole.items() if expert_of(name) is None})
     expert = (size(whole) - common) // 8
     down = {(row["device"], row["round"]): row["bytes"] for row in ledger(subset) if row["direction"] == "down"}
@@ -200,7 +200,7 @@ def test_a_device_of_half_the_experts_is_sent_half_and_later_the_ones_it_used(su
 
 def test_an_expert_that_nobody_sends_back_stays_as_it_was(root: Path) -> None:
     launch(parse_config(tree_of(root, threshold=0.9)), root / "nobody", until="rounds")
-    start, end = pieces_of(root / "nobody" / "start" / "merged"), pieces_of(root / "nobody" / "rounds" / "1")
+    start, end = pieces_of(root / "nobody" / "reference" / "merged"), pieces_of(root / "nobody" / "rounds" / "1")
     for name, tensor in start.items():
         assert torch.equal(tensor, end[name]) is (expert_of(name) is not None), name
     assert read_round(root / "nobody" / "rounds" / "0")["gate_scale"] == 0, "the gate is averaged by tokens then"
@@ -268,7 +268,7 @@ def exchange(run: tuple[Path, Record]) -> tuple[Device, Payload, Payload]:
     """A device, what it was asked in the first round, and what it answers."""
     config = load_config(run[0] / CONFIG)
     site = make_site(config, RunFolder(run[0]), load_prepared(run[0] / "data"))
-    method, card, sent = config.method, cards(config.devices, config.seed)[0], run[0] / "start" / "merged"
+    method, card, sent = config.method, cards(config.devices, config.seed)[0], run[0] / "reference" / "merged"
     assert isinstance(method, HFedMoE)
     model = models.load(sent)
     request = method._request(
@@ -305,7 +305,7 @@ def test_an_answer_that_is_not_what_was_asked_for_is_refused(
     run: tuple[Path, Record],
 ) -> None:
     device, request, answer = exchange
-    shapes = pieces_of(run[0] / "start" / "merged")
+    shapes = pieces_of(run[0] / "reference" / "merged")
     check_returned(shapes, 0.2, device.id, answer, request)
     arrays = {name: tensor for name, tensor in {**answer.arrays, **change}.items() if tensor is not None}
     with pytest.raises(UploadError, match=said):
@@ -320,7 +320,7 @@ def test_a_count_that_cannot_be_is_refused(
     metadata = {name: value for name, value in {**answer.metadata, "routed": routed}.items() if value is not None}
     with pytest.raises(UploadError, match="it says routed"):
         check_returned(
-            pieces_of(run[0] / "start" / "merged"), 0.2, device.id, replace(answer, metadata=metadata), request
+            pieces_of(run[0] / "reference" / "merged"), 0.2, device.id, replace(answer, metadata=metadata), request
         )
 
 
@@ -331,7 +331,9 @@ def test_an_expert_comes_whole_or_not_at_all(
     half = next(name for name in answer.arrays if "down_proj:" in name)
     arrays = {name: tensor for name, tensor in answer.arrays.items() if name != half}
     with pytest.raises(UploadError, match="1 tensors are missing"):
-        check_returned(pieces_of(run[0] / "start" / "merged"), 0.2, device.id, replace(answer, arrays=arrays), request)
+        check_returned(
+            pieces_of(run[0] / "reference" / "merged"), 0.2, device.id, replace(answer, arrays=arrays), request
+        )
 
 
 def test_a_device_that_has_lost_its_experts_says_so(exchange: tuple[Device, Payload, Payload], tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ TRAINING = {"steps": 3, "optimisation": {"batch_size": 4, "learning_rate": 3e-3}
 DISTILLED = ("deepfusion", "ofa", "fedmkt1")
 SECTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     **{name: ({"warm_start": WARM}, ()) for name in DISTILLED},
-    "centralised": ({"training": TRAINING}, ("cluster", "distillation")),
+    "centralised": ({"warm_start": WARM, "training": TRAINING}, ("cluster", "distillation")),
     "fedavg": ({"warm_start": WARM, "rounds": 2}, ("cluster", "distillation")),
     "fedmkt": ({"warm_start": WARM, "rounds": 2, "sequences": 12}, ("cluster", "distillation")),
     "hfedmoe": ({"warm_start": WARM, "rounds": 2}, ("cluster", "distillation")),
@@ -59,6 +59,8 @@ def test_all_end_with_the_same_kind_of_model_and_are_scored_on_the_same_text(
     assert len({record.metrics.tokens for _, record in records.values()}) == 1
     assert {record.method for _, record in records.values()} == set(methods)
     assert all(record.baselines.public_only is not None for _, record in records.values())
+    starts = {(folder / "reference" / "start" / "model.safetensors").read_bytes() for folder, _ in records.values()}
+    assert len(starts) == 1, "M_0"
 
 
 def test_the_plan_foretells_the_bytes(records: dict[str, tuple[Path, Record]]) -> None:

@@ -86,7 +86,7 @@ def test_one_device_and_one_round_are_plain_training(fedavg: tuple[Path, Record]
     folder = RunFolder(root / "alone")
     (card,) = cards(config.devices, config.seed)
     device = make_device(config, folder, card)
-    model = models.load(folder / "start" / "merged")
+    model = models.load(folder / "reference" / "merged")
     exchange.train_here(replace(device, scratch=None), model)
     fused = distinct_state(models.load(folder / "rounds" / "0"))
     assert all(torch.equal(tensor, fused[name]) for name, tensor in distinct_state(model).items())
@@ -99,7 +99,7 @@ def test_a_device_reads_its_text_in_parts_that_are_the_whole(
     config = load_config(fedavg[0] / CONFIG)
     card = cards(config.devices, config.seed)[0]
     device = replace(make_device(config, RunFolder(fedavg[0]), card), scratch=None)
-    model = models.load(fedavg[0] / "start" / "merged")
+    model = models.load(fedavg[0] / "reference" / "merged")
     steps = [int(exchange.train_here(device, model, part=part, parts=parts)["steps"]) for part in range(parts)]
     whole = steps_for(device.corpus.num_tokens, 32, device.training, device.epochs, device.max_steps)
     assert sum(steps) == whole
@@ -130,7 +130,7 @@ def test_an_answer_of_another_round_or_shape_is_refused(fedavg: tuple[Path, Reco
         yield second, Payload("moe", short, {**told, "device": second, "init_id": other.metadata["init_id"]})
         yield third, Payload("moe", good.arrays, {**told, "device": third, "init_id": good.metadata["init_id"]})
 
-    start = fedavg[0] / "start" / "merged"
+    start = fedavg[0] / "reference" / "merged"
     method = FedAvg()
     moe = method.run_round(site, call, 7, start)
     assert len([note for note in notes.sentences if "was refused" in note]) == 2

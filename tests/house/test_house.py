@@ -80,6 +80,7 @@ def test_no_method_imports_another_method() -> None:
     shared = {
         "assembly",
         "base",
+        "beginning",
         "budget",
         "exchange",
         "gathering",

@@ -36,10 +36,10 @@ GROWN_LOSS = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class TextTraining:
-    """[training]: how the base of a MoE is trained on text by cross-entropy, before it is copied to the experts.
+    """[training]: training on text by cross-entropy, before the tuning of the MoE.
 
     Attributes:
-        steps: optimiser steps.
+        steps: optimiser steps; 0 trains nothing here.
         optimisation: [training.optimisation]
     """
 
@@ -48,8 +48,8 @@ class TextTraining:
 
     def faults(self) -> Iterator[str]:
         """What is wrong with the values, and the cure."""
-        if self.steps < 1:
-            yield f"steps = {self.steps}: must be at least 1; give the number of optimiser steps"
+        if self.steps < 0:
+            yield f"steps = {self.steps}: must not be negative; 0 trains nothing here"
 
 
 def family_and_config(site: Site) -> tuple[Family, PreTrainedConfig]:
@@ -89,7 +89,7 @@ def grown(
     site: Site, name: str, sources: Mapping[str, Path], judge: Callable[[PreTrainedModel], float], *parts: object,
     slices: int = 1,
 ) -> Path:  # fmt: skip
-    """The best of some small models, grown into the base that all students start from, as the stage `name`.
+    """The best of some small models, grown into the base of the target, as the stage `name`.
 
     Falls back to `base`, with a note, where none can grow, or where what has grown predicts worse by `GROWN_LOSS`.
 
@@ -104,7 +104,7 @@ def grown(
     able = {n: path for n, path in sources.items() if reasons[n] is None}
     if not able:
         why = "; ".join(sorted({str(reason) for reason in reasons.values()}))
-        site.note(f"students start from the target's base, no proxy can grow into it: {why}")
+        site.note(f"{name}: the target's base is taken, for none of these models can grow into it: {why}")
         return base(site, slices)
 
     def make(folder: Path) -> None:
@@ -121,8 +121,10 @@ def grown(
     folder = site.keep(name, make, *parts, site.target, found, slices, site.data_key, site.sequence_length)
     told = json.loads((folder / "grown.json").read_text())
     if not told["after"] < told["before"] + GROWN_LOSS:
-        site.note(f"students start from the target's base: {told['from']} predicts worse by {told['after'] - told['before']:.2f} "
-                  "nats a token once it has grown")  # fmt: skip
+        worse = told["after"] - told["before"]
+        site.note(
+            f"{name}: the target's base is taken, for {told['from']} is worse by {worse:.2f} nats a token once it has grown"
+        )
         return base(site, slices)
     return folder
 
@@ -225,46 +227,28 @@ def tuned(
     return site.keep(name, make, options, *parts)
 
 
-def trained(
-    site: Site,
-    prefix: str,
-    text: Text,
-    *parts: object,
-    training: TextTraining,
-    noise: float,
-    tuning: tune.TuneOptions,
-    start: Path | None = None,
+def upcycled(
+    site: Site, prefix: str, text: Text, start: Path, *parts: object, training: TextTraining, noise: float
 ) -> Path:
-    """The target MoE from one text: a base trained on it, copied to all experts and tuned, by cross-entropy alone.
+    """The target MoE from one text: the base `start` trained on it (as it is with 0 steps), and copied to all experts.
 
     Args:
-        prefix: of the stages `trained`, `merged` and `moe`.
+        prefix: of the stages `trained` and `merged`.
         parts: keys of what the text is made from.
         noise: see [merge].
-        tuning: how the MoE is tuned, its teachers apart.
-        start: the base, when it is not the target's.
     """
-    parts = (*parts, digests(start)) if start else parts
-    moe = upcycled(site, prefix, text, *parts, training=training, noise=noise, start=start)
-    return tuned_on_text(site, f"{prefix}moe", moe, text, training, noise, *parts, options=tuning)
-
-
-def upcycled(
-    site: Site, prefix: str, text: Text, *parts: object, training: TextTraining, noise: float, start: Path | None = None
-) -> Path:
-    """The first half of `trained`: a base trained on the text (as it is with 0 steps), and copied to all experts."""
     family, target = family_and_config(site)
     name, options = f"{prefix}trained", DistillOptions(steps=training.steps, optimisation=training.optimisation)
 
     def make(folder: Path) -> None:
         distill(
-            start or base(site), [[]], [text], family=family, target=target, rule=Logits(), recipe="joint", options=options,
+            start, [[]], [text], family=family, target=target, rule=Logits(), recipe="joint", options=options,
             seed=derive_seed(site.seed, name), tokenizer_folder=site.data.tokenizer,
             scratch=site.folder.scratch(name), progress=site.progress, out=folder,
         )  # fmt: skip
 
-    whole = (training, site.target, site.data_key, site.sequence_length, *parts)
-    student = site.keep(name, make, *whole) / "0" if training.steps else start or base(site)
+    whole = (training, site.target, site.data_key, site.sequence_length, digests(start), *parts)
+    student = site.keep(name, make, *whole) / "0" if training.steps else start
     copies, random = merge.MergeOptions(noise=noise), router.RouterOptions(start="random")
     return merged(site, f"{prefix}merged", [student], [[text.batch(0, 8)]], *whole, options=copies, start=random)
 

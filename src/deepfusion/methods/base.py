@@ -232,7 +232,7 @@ class Method(Protocol):
         ...
 
     def server_work(self, shapes: Shapes) -> tuple[Work, ...]:
-        """The server's trainings on public text, warm starts apart; of text that devices hand over, nothing is counted."""
+        """The server's trainings, warm starts apart."""
         ...
 
     def faults_with(self, devices: FleetOptions, data: DataOptions, target: TargetOptions) -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 from transformers import PreTrainedConfig
 
+from deepfusion.devices.memory import forward_flops_per_token
 from deepfusion.methods.assembly import TextTraining
 from deepfusion.methods.base import Method
 from deepfusion.methods.exchange import WarmStart
@@ -28,6 +29,7 @@ class Shapes(NamedTuple):
         own: configuration of each architecture of the fleet that a device carries.
         student: the target's base of one expert.
         target: the MoE.
+        private: tokens of private text that the devices' trainings read together; 0 where nobody has counted them yet.
     """
 
     length: int
@@ -35,6 +37,7 @@ class Shapes(NamedTuple):
     own: tuple[PreTrainedConfig, ...]
     student: PreTrainedConfig
     target: PreTrainedConfig
+    private: int = 0
 
 
 class Traffic(NamedTuple):
@@ -58,24 +61,19 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Budget:
-    """What DeepFusion's rivals are given: the same warm start, and as many of the server's tokens.
+    """What DeepFusion's rivals are given: the same warm start, and as many of the server's tokens at the same rates.
 
     Attributes:
         embed: how devices describe their text, for the methods that ask.
-        warm_start: on public text, outside the count; the same number of steps for whatever model a method starts from.
+        warm_start: of the fleet's architectures on public text, outside the count.
         training: one training that reads what the distillation of all domains does.
-        tune: how DeepFusion tunes its MoE; there the tokens of rivals that have no other training go, see `tune_steps`.
+        tune: how DeepFusion tunes its MoE.
     """
 
     embed: Embedding
     warm_start: WarmStart
     training: TextTraining
     tune: TuneOptions
-
-    def tune_steps(self) -> int:
-        """Steps of tuning that read all of the server's tokens."""
-        tokens = self.training.steps * rows(self.training.optimisation) + self.tune.steps * rows(self.tune.optimisation)
-        return round(tokens / rows(self.tune.optimisation))
 
 
 class Rival(Protocol):
@@ -90,3 +88,8 @@ class Rival(Protocol):
 def rows(optimisation: Optimisation) -> int:
     """Sequences of one optimiser step."""
     return optimisation.batch_size * optimisation.accumulate
+
+
+def work(steps: int, optimisation: Optimisation, shapes: Shapes, model: PreTrainedConfig) -> Work:
+    """What so many steps of training a model read and cost."""
+    return Work(steps * rows(optimisation) * shapes.length, 3 * forward_flops_per_token(model))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Centralised training: every device hands over its text, and the server trains the same MoE on all of it.
 
-No federation, and no privacy: the bound that federated methods are measured against (baselines, section 8). It reads as many
-public tokens as the others' server does, and beside them as many private tokens as their devices read together.
+No federation, and no privacy: the bound that federated methods are measured against (baselines, section 8). It begins from the
+others' M_0, and reads as many public tokens as their server, and beside them as many private tokens as their devices together.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from deepfusion.devices.fleet import FleetOptions
 from deepfusion.devices.memory import forward_flops_per_token
 from deepfusion.errors import UploadError
 from deepfusion.federation.payload import read_file
-from deepfusion.methods import assembly, exchange
+from deepfusion.methods import assembly, beginning, exchange
 from deepfusion.methods.base import Site, TargetOptions, Training, family_faults, methods, precision_faults
-from deepfusion.methods.budget import Budget, Shapes, Work, rows
+from deepfusion.methods.budget import Budget, Shapes, Work, rows, work
 from deepfusion.stages.local import steps_for
 from deepfusion.stages.tune import TuneOptions
 from deepfusion.training import derive_seed
@@ -37,17 +37,19 @@ from deepfusion.types import Call, Corpus, Payload
 @methods.register("centralised")
 @dataclass(frozen=True, kw_only=True)
 class Centralised:
-    """One MoE trained on everybody's text: a base on public and private text, copied to the experts, tuned on both.
+    """One MoE trained on everybody's text, public and private together: a base copied to the experts, all trained, then tuned.
 
     Attributes:
         noise: on the copies of the base's FFN, see [merge].
-        training: [training] of the base, on public text; steps for the private text come on top.
+        warm_start: [warm_start] checkpoints of the fleet's architectures; the MoE's base is the best that grows to its size.
+        training: [training] of the MoE, on public text; steps for the private text come on top.
         tune: [tune] how the MoE is tuned; there are no teachers.
     """
 
-    stages: ClassVar[tuple[str, ...]] = ("data", "uploads", "trained", "merged", "moe")
+    stages: ClassVar[tuple[str, ...]] = ("data", "uploads", "initial", "merged", "trained", "moe")
 
     noise: float = 0.01
+    warm_start: exchange.WarmStart = field(default_factory=exchange.WarmStart)
     training: assembly.TextTraining
     tune: TuneOptions = field(default_factory=TuneOptions)
 
@@ -70,14 +72,17 @@ class Centralised:
     def server(self, site: Site, call: Call) -> Path:
         """Collect the text, train on it and on the public text, each in its share."""
         corpus, read, digests = self.collect_text(site, call)
-        optimisation, length = self.training.optimisation, site.sequence_length
-        tokens = optimisation.batch_size * optimisation.accumulate * length
-        steps = self.training.steps + -(-read // tokens)
-        public = PackedText(site.data.public, length, derive_seed(site.seed, "public"))
-        private = PackedText(corpus, length, derive_seed(site.seed, "private"))
-        text = MixedText(public, private, read / (steps * tokens))
-        training = replace(self.training, steps=steps)
-        return assembly.trained(site, "", text, digests, training=training, noise=self.noise, tuning=self.tune)
+        first, last = self.training, self.tune
+        steps = first.steps + -(-read // (rows(first.optimisation) * site.sequence_length))
+        whole = (steps * rows(first.optimisation) + last.steps * rows(last.optimisation)) * site.sequence_length
+        public = PackedText(site.data.public, site.sequence_length, derive_seed(site.seed, "public"))
+        private = PackedText(corpus, site.sequence_length, derive_seed(site.seed, "private"))
+        text = MixedText(public, private, read / whole)
+        base = beginning.first_base(site, self.warm_start)
+        start = assembly.upcycled(site, "", text, base, digests, training=replace(first, steps=0), noise=self.noise)
+        options = replace(last, steps=steps, optimisation=first.optimisation, experts="train", expert_rate=1.0)
+        moe = assembly.tuned_on_text(site, "trained", start, text, assembly.digests(start), digests, options=options)
+        return assembly.tuned_on_text(site, "moe", moe, text, assembly.digests(moe), options=last)
 
     def collect_text(self, site: Site, call: Call) -> tuple[Corpus, int, list[str]]:
         """All devices' text; how many tokens of it their own trainings would read; the files' hashes."""
@@ -97,9 +102,9 @@ class Centralised:
         return _corpus(payloads), read, [file_digest(path) for path in files.values()]
 
     def reference(self, site: Site) -> Path:
-        """The same MoE from public text alone."""
-        text = PackedText(site.data.public, site.sequence_length, derive_seed(site.seed, "reference"))
-        return assembly.trained(site, "reference/", text, training=self.training, noise=self.noise, tuning=self.tune)
+        """The same MoE from public text alone, as for every method."""
+        start = beginning.first_base(site, self.warm_start)
+        return beginning.reference(site, start, self.training, self.noise, self.tune)
 
     def trainings(self, own: PreTrainedConfig, target: PreTrainedConfig) -> tuple[Training, ...]:
         """Devices train nothing."""
@@ -109,22 +114,27 @@ class Centralised:
         """The device's text."""
 
     def server_work(self, shapes: Shapes) -> tuple[Work, ...]:
-        """The base's training and the MoE's."""
-        first, last = self.training, self.tune
+        """The MoE's training on public and private text, and its tuning."""
+        each = 3 * forward_flops_per_token(shapes.target)
         return (
-            Work(first.steps * rows(first.optimisation) * shapes.length, 3 * forward_flops_per_token(shapes.student)),
-            Work(last.steps * rows(last.optimisation) * shapes.length, 3 * forward_flops_per_token(shapes.target)),
+            work(self.training.steps, self.training.optimisation, shapes, shapes.target),
+            work(self.tune.steps, self.tune.optimisation, shapes, shapes.target),
+            Work(shapes.private, each),
         )
 
     @classmethod
     def beside(cls, budget: Budget) -> Self:
         """The same trainings; steps for the private text come on top."""
-        return cls(training=budget.training, tune=budget.tune)
+        return cls(warm_start=budget.warm_start, training=budget.training, tune=budget.tune)
 
     def faults_with(self, devices: FleetOptions, data: DataOptions, target: TargetOptions) -> Iterator[str]:
         """See `Method.faults_with`."""
         yield from precision_faults(
-            {"training.optimisation": self.training.optimisation, "tune.optimisation": self.tune.optimisation}
+            {
+                "warm_start.training": self.warm_start.training,
+                "training.optimisation": self.training.optimisation,
+                "tune.optimisation": self.tune.optimisation,
+            }
         )
         yield from family_faults(data, target)
 

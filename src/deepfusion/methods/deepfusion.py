@@ -20,13 +20,13 @@ from transformers import PreTrainedConfig
 
 from deepfusion.artifacts import file_digest, key_of, write_atomic
 from deepfusion.data.options import DataOptions
-from deepfusion.data.packing import PackedText, document_batches
+from deepfusion.data.packing import document_batches
 from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import FleetOptions
 from deepfusion.devices.memory import forward_flops_per_token, num_parameters, skeleton_state
 from deepfusion.errors import ModelError
 from deepfusion.federation.formats import wire_bytes
-from deepfusion.methods import assembly, exchange, reading, rounds
+from deepfusion.methods import assembly, beginning, exchange, reading, rounds
 from deepfusion.methods.base import Site, TargetOptions, Training, methods, plugin, precision_faults
 from deepfusion.methods.budget import Budget, Shapes, Traffic, Work, message, rows
 from deepfusion.methods.gathering import Described, Gathering, UploadOptions, answer_with_model
@@ -225,24 +225,9 @@ class DeepFusion:
         proxy, it starts from the best warm start (on public text alone) of an architecture that grows.
         """
         domains = len(json.loads((site.folder / "clusters.json").read_text())["members"])
-        text = PackedText(site.data.public, site.sequence_length, derive_seed(site.seed, "reference"))
-        optimisation = self.distillation.optimisation
-        training = assembly.TextTraining(
-            steps=self.distillation.steps,
-            optimisation=replace(optimisation, batch_size=domains * optimisation.batch_size),
-        )
-        return assembly.trained(
-            site, "reference/", text, training=training, noise=self.merge.noise, tuning=self.tune,
-            start=self.reference_start(site),
-        )  # fmt: skip
-
-    def reference_start(self, site: Site) -> Path | None:
-        """What `reference` starts from; None for the target's base."""
-        if not self.grows(site) or not self.warm_start.steps:
-            return None
-        sources = {name: Path(path) for name, path in json.loads((site.folder / "initial.json").read_text()).items()}
-        judge = reading.mean_judge(site, [None], self.proxy.judged_on)
-        return assembly.grown(site, "reference/start", sources, judge, self.proxy.judged_on)
+        start = beginning.first_base(site, self.warm_start) if self.grows(site) else assembly.base(site)
+        training = self.budget(domains).training
+        return beginning.reference(site, start, training, self.merge.noise, self.tune)
 
     def server_work(self, shapes: Shapes) -> tuple[Work, ...]:
         """Distillation of all domains, and tuning; the teachers read along."""

@@ -26,7 +26,7 @@ from deepfusion.types import Call, Payload
 class FedAvg(rounds.Rounds):
     """Every device trains the whole MoE; the server averages all parameters, by the devices' tokens."""
 
-    stages: ClassVar[tuple[str, ...]] = ("data", "start/trained", "start/merged", "rounds", "moe")
+    stages: ClassVar[tuple[str, ...]] = ("data", "initial", "reference/trained", "reference/merged", "rounds", "moe")
 
     def client(self, device: Device, request: Payload) -> Payload:
         """Train the MoE on the round's part of the device's text."""

@@ -58,7 +58,15 @@ class FedJets(rounds.Rounds):
         embed: [embed] how a device describes its text, for the choice of anchors.
     """
 
-    stages: ClassVar[tuple[str, ...]] = ("data", "start/trained", "start/merged", "anchors", "rounds", "moe")
+    stages: ClassVar[tuple[str, ...]] = (
+        "data",
+        "initial",
+        "reference/trained",
+        "reference/merged",
+        "anchors",
+        "rounds",
+        "moe",
+    )
 
     hosted_experts: int = 2
     anchors: bool = True
@@ -90,7 +98,7 @@ class FedJets(rounds.Rounds):
 
     @classmethod
     def beside(cls, budget: Budget) -> Self:
-        """All of the server's tokens in the last tuning; the same embeddings."""
+        """The same embeddings besides."""
         return replace(super().beside(budget), embed=budget.embed)
 
     def traffic(self, own: PreTrainedConfig, shapes: Shapes) -> Traffic:

@@ -26,8 +26,7 @@ from deepfusion.errors import ModelError, UploadError
 from deepfusion.federation.payload import check_state, read_file
 from deepfusion.methods import exchange, rounds
 from deepfusion.methods.base import Site, Training, methods
-from deepfusion.methods.budget import Budget, Shapes, Traffic, Work, message
-from deepfusion.methods.budget import rows as rows_of
+from deepfusion.methods.budget import Budget, Shapes, Traffic, Work, message, rows
 from deepfusion.moe.routing import balance_penalty
 from deepfusion.stages.mutual import Predictions, best_of, index_type, learn, least_loss, predict, tokens_of
 from deepfusion.training import derive_seed
@@ -47,6 +46,8 @@ FORWARD = 1 / 3
 class FedMkt(rounds.Rounds):
     """Devices train their own models; device and server learn, row by row, from whichever predicts public text best.
 
+    [training.optimisation] is also that of what the server learns in the rounds.
+
     Attributes:
         sequences: of public text a round, whose predictions are exchanged.
         kept: Kt, logits of a position that are sent.
@@ -54,7 +55,7 @@ class FedMkt(rounds.Rounds):
         temperature: tau of the predictions.
     """
 
-    stages: ClassVar[tuple[str, ...]] = ("data", "initial", "start/trained", "start/merged", "rounds", "moe")
+    stages: ClassVar[tuple[str, ...]] = ("data", "initial", "reference/trained", "reference/merged", "rounds", "moe")
 
     sequences: int = 256
     kept: int = 128
@@ -74,15 +75,10 @@ class FedMkt(rounds.Rounds):
 
     @classmethod
     def beside(cls, budget: Budget) -> Self:
-        """At most half of the server's tokens in the rounds, the others in the last tuning."""
+        """What the others read before their rounds is read in its rounds, at the same rate."""
         fair = super().beside(budget)
-        all_rows = fair.tune.steps * rows_of(fair.tune.optimisation)
-        fair = replace(fair, sequences=max(1, min(fair.sequences, all_rows // (2 * fair.rounds))))
-        return replace(fair, tune=replace(fair.tune, steps=max(1, fair.tune.steps - fair.exchanged_steps())))
-
-    def exchanged_steps(self) -> int:
-        """Steps of tuning that read as many tokens as the rounds."""
-        return round(self.rounds * self.sequences / rows_of(self.tune.optimisation))
+        read = fair.training.steps * rows(fair.training.optimisation)
+        return replace(fair, sequences=max(1, read // fair.rounds), training=replace(fair.training, steps=0))
 
     def traffic(self, own: PreTrainedConfig, shapes: Shapes) -> Traffic:
         """First weights once; each round text and the server's predictions down, and the device's up."""
@@ -118,8 +114,8 @@ class FedMkt(rounds.Rounds):
 
     def reference(self, site: Site) -> Path:
         """The same from public text alone: no predictions of devices, as many tokens."""
-        tune = replace(self.tune, steps=self.tune.steps + self.exchanged_steps())
-        return rounds.Rounds.reference(replace(self, tune=tune), site)
+        steps = self.training.steps + round(self.rounds * self.sequences / rows(self.training.optimisation))
+        return rounds.Rounds.reference(replace(self, training=replace(self.training, steps=steps)), site)
 
     def _start_devices(self, site: Site, call: Call) -> None:
         initials = exchange.initial_models(site, self.warm_start)
@@ -132,7 +128,7 @@ class FedMkt(rounds.Rounds):
     def _options(self) -> tuple[object, ...]:
         """All options that a round depends on."""
         own = (self.rounds, self.participation, self.balance, self.sequences, self.kept, self.mixture, self.temperature)
-        return (*own, self.warm_start, self.noise, self.tune.optimisation)
+        return (*own, self.warm_start, self.noise, self.training)
 
     def _name(self, site: Site) -> str:
         """What devices keep their models under: those of another configuration must not be gone on with."""
@@ -163,7 +159,7 @@ class FedMkt(rounds.Rounds):
             teacher = best_of(sources())
             learn(
                 model, text, teacher, mixture=self.mixture, temperature=self.temperature,
-                optimisation=self.tune.optimisation, seed=derive_seed(site.seed, "learn", number), label="learn",
+                optimisation=self.training.optimisation, seed=derive_seed(site.seed, "learn", number), label="learn",
                 penalty=balance_penalty(model, self.balance) if self.balance else None, progress=site.progress,
             )  # fmt: skip
             ahead = float((teacher.loss_S < own[0].loss_S).float().mean())

@@ -24,7 +24,7 @@ from deepfusion.types import Call
 class HFedMoE(SelectiveRounds, Rounds):
     """Each device trains, batch by batch, the experts that are worth most to it; the server averages what was really used."""
 
-    stages: ClassVar[tuple[str, ...]] = ("data", "start/trained", "start/merged", "rounds", "moe")
+    stages: ClassVar[tuple[str, ...]] = ("data", "initial", "reference/trained", "reference/merged", "rounds", "moe")
 
     def server(self, site: Site, call: Call) -> Path:
         """Rounds from the common base; then the tuning on public text that every method ends with."""

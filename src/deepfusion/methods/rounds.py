@@ -2,7 +2,7 @@
 """Methods that train the target MoE itself in the federation, round after round: what they share (baselines, section 9).
 
 The server sends (parts of) the model, participants train them on a part of their private tokens, the server averages what
-comes back. All of the server's public tokens go into the last tuning, which is the same for every method.
+comes back. What the server reads of public text it reads before the rounds, and in the last tuning, as every method does.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,11 +25,10 @@ from deepfusion.data.packing import PackedText
 from deepfusion.devices import configurations, models
 from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import DeviceCard, FleetOptions
-from deepfusion.devices.memory import forward_flops_per_token
 from deepfusion.federation.payload import check_metadata, check_state, read_file
-from deepfusion.methods import assembly, exchange
+from deepfusion.methods import assembly, beginning, exchange
 from deepfusion.methods.base import Site, TargetOptions, Training, family_faults, precision_faults
-from deepfusion.methods.budget import Budget, Shapes, Work, rows
+from deepfusion.methods.budget import Budget, Shapes, Work, work
 from deepfusion.moe.routing import Penalty
 from deepfusion.stages.proxy import MODEL
 from deepfusion.stages.tune import TuneOptions
@@ -85,16 +85,18 @@ class RoundOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Rounds(RoundOptions):
-    """A method in rounds from a base that is trained on public text, to a last tuning on public text.
+    """A method in rounds from a MoE that public text has taught, to a last tuning on public text.
 
     Attributes:
         noise: on the copies of the base's FFN that the experts start as, see [merge].
-        warm_start: [warm_start] of the base, on public text.
+        warm_start: [warm_start] checkpoints of the fleet's architectures; the MoE's base is the best that grows to its size.
+        training: [training] of that base on public text, before it is copied to the experts and the rounds begin.
         tune: [tune] of the last model on public text; there are no teachers.
     """
 
     noise: float = 0.01
     warm_start: exchange.WarmStart = field(default_factory=exchange.WarmStart)
+    training: assembly.TextTraining = field(default_factory=partial(assembly.TextTraining, steps=0))
     tune: TuneOptions = field(default_factory=TuneOptions)
 
     @property
@@ -105,39 +107,43 @@ class Rounds(RoundOptions):
     def faults_with(self, devices: FleetOptions, data: DataOptions, target: TargetOptions) -> Iterator[str]:
         """See `Method.faults_with`."""
         yield from precision_faults(
-            {"warm_start.training": self.warm_start.training, "tune.optimisation": self.tune.optimisation}
+            {
+                "warm_start.training": self.warm_start.training,
+                "training.optimisation": self.training.optimisation,
+                "tune.optimisation": self.tune.optimisation,
+            }
         )
         yield from family_faults(data, target)
 
     def server_work(self, shapes: Shapes) -> tuple[Work, ...]:
-        """The last tuning."""
-        tokens = self.tune.steps * rows(self.tune.optimisation) * shapes.length
-        return (Work(tokens, 3 * forward_flops_per_token(shapes.target)),)
+        """The base's training before the rounds, and the last tuning."""
+        return (
+            work(self.training.steps, self.training.optimisation, shapes, shapes.student),
+            work(self.tune.steps, self.tune.optimisation, shapes, shapes.target),
+        )
 
     @classmethod
     def beside(cls, budget: Budget) -> Self:
-        """All of the server's tokens in the last tuning."""
-        return cls(warm_start=budget.warm_start, tune=replace(budget.tune, steps=budget.tune_steps()))
+        """What DeepFusion reads in its distillation is read before the rounds."""
+        return cls(warm_start=budget.warm_start, training=budget.training, tune=budget.tune)
 
     def begin(self, site: Site) -> Path:
-        """The MoE that the first round sends: the base, trained on public text, copied to all experts."""
-        training = assembly.TextTraining(steps=self.warm_start.steps, optimisation=self.warm_start.training)
-        return assembly.upcycled(site, "start/", _public(site), training=training, noise=self.noise)
+        """The MoE that the first round sends."""
+        return beginning.taught(site, beginning.first_base(site, self.warm_start), self.training, self.noise)
 
     def common_expert(self, site: Site) -> Path:
         """The base that all experts are copies of, once `begin` has made it."""
-        return site.folder / "start" / "trained" / "0" if self.warm_start.steps else assembly.base(site)
+        return beginning.common_expert(site, beginning.first_base(site, self.warm_start), self.training)
 
     def finish(self, site: Site, moe: Path) -> Path:
         """Tune the last round's MoE on public text."""
-        return assembly.tuned_on_text(site, "moe", moe, _public(site), assembly.digests(moe), options=self.tune)
+        text = PackedText(site.data.public, site.sequence_length, derive_seed(site.seed, "public"))
+        return assembly.tuned_on_text(site, "moe", moe, text, assembly.digests(moe), options=self.tune)
 
     def reference(self, site: Site) -> Path:
         """The same without the rounds."""
-        start = self.begin(site)
-        return assembly.tuned_on_text(
-            site, "reference/moe", start, _public(site), assembly.digests(start), options=self.tune
-        )
+        start = beginning.first_base(site, self.warm_start)
+        return beginning.reference(site, start, self.training, self.noise, self.tune)
 
 
 def run_round(
@@ -231,7 +237,3 @@ def answers(files: Mapping[str, Path]) -> Iterator[tuple[str, State, int]]:
     for device, path in files.items():
         payload = read_file(path, source=f"device {device}")
         yield device, exchange.with_prefix(payload, MODEL), max(1, int(payload.metadata["tokens"]))
-
-
-def _public(site: Site) -> PackedText:
-    return PackedText(site.data.public, site.sequence_length, derive_seed(site.seed, "public"))
