@@ -11,7 +11,7 @@ import torch
 from transformers import GPT2Config, LlamaConfig
 
 from deepfusion.errors import ConfigError
-from deepfusion.stages.distill import Vaa
+from deepfusion.stages.distill import Logits, Ofa, Vaa, rule_flops_per_token
 from deepfusion.stages.distill.vaa import VaaAdapter, sinusoid, stage_ends
 
 B, T = 3, 20
@@ -263,3 +263,15 @@ def test_impossible_options_are_faults_with_a_cure(options: dict[str, Any], faul
 
 def test_the_default_options_have_no_fault() -> None:
     assert list(Vaa().faults()) == []
+
+
+def test_what_a_rule_costs_is_the_sum_of_its_products() -> None:
+    """Windows of each stage, queries, keys and values, two products of attention, and the teacher's stages out of them."""
+    tokens, stages, queries, student, teacher = 64, 4, 16, 32, 24
+    windows = stages * tokens * student * student
+    products = windows + 3 * queries * student**2 + 2 * queries**2 * student + queries * student * teacher
+    vaa = Vaa(num_queries=queries, num_stages=stages)
+    assert rule_flops_per_token(vaa, STUDENT, TEACHER, tokens) == 2 * products // tokens
+    exits = stages * (student**2 + student * STUDENT.vocab_size)
+    assert rule_flops_per_token(Ofa(), STUDENT, TEACHER, tokens) == 2 * exits
+    assert rule_flops_per_token(Logits(), STUDENT, TEACHER, tokens) == 0

@@ -35,7 +35,7 @@ from deepfusion.methods.selective import SelectiveRounds, continuations
 from deepfusion.moe import families
 from deepfusion.stages import generate, merge, proxy, router, tune
 from deepfusion.stages.cluster import Clustering, clusterings, describe
-from deepfusion.stages.distill import DistillOptions, Rule, distill, rules
+from deepfusion.stages.distill import DistillOptions, Rule, distill, rule_flops_per_token, rules
 from deepfusion.stages.embed import Embedding, ServerProbe, embeddings
 from deepfusion.training import derive_seed
 from deepfusion.types import Call, Clusters, Payload, Proxy, Text, Upload
@@ -230,13 +230,16 @@ class DeepFusion:
         return beginning.reference(site, start, training, self.merge.noise, self.tune)
 
     def server_work(self, shapes: Shapes) -> tuple[Work, ...]:
-        """Distillation of all domains, and tuning; the teachers read along."""
+        """Distillation of all domains with what the rule attaches for each teacher, and tuning; the teachers read along."""
+        first, last, student = self.distillation, self.tune, shapes.student
         teachers = sum(forward_flops_per_token(own) for own in shapes.own)
-        first, last = self.distillation, self.tune
+        attached = sum(
+            rule_flops_per_token(self.distill, student, own, shapes.length) for own in shapes.own if first.alpha
+        )
         reads = first.steps * rows(first.optimisation) * shapes.domains * shapes.length
         tunes = last.steps * rows(last.optimisation) * shapes.length
         return (
-            Work(reads, 3 * forward_flops_per_token(shapes.student) + teachers),
+            Work(reads, 3 * (forward_flops_per_token(student) + attached) + teachers),
             Work(tunes, 3 * forward_flops_per_token(shapes.target) + (teachers if last.beta else 0)),
         )
 
