@@ -27,6 +27,7 @@ from deepfusion.federation.apart import PulledApart
 from deepfusion.federation.door import Door, Tell, Wire, answer, job_of
 from deepfusion.federation.ledger import Ledger
 from deepfusion.federation.local_grid import LocalGrid
+from deepfusion.federation.replies import Replies
 from deepfusion.federation.roll import ROLL, Roll
 from deepfusion.fleet.device_file import load_device
 from deepfusion.fleet.job import job_payload, open_workshop
@@ -42,6 +43,7 @@ from deepfusion.run import (
     check_memory,
     check_text,
     check_until,
+    largest_reply,
     make_device,
     make_site,
     open_folder,
@@ -114,13 +116,16 @@ def _serve_a_fleet(grid: Grid, context: Context) -> None:
     values = context.run_config
     server, until = open_server(Path(str(values["server"]))), str(values["until"]) or None
     token, resume, run = str(values["token"]), bool(values["resume"]), server.path(server.file.run)
-    with server.outcome(token).noted(), closing(PulledApart(grid)) as apart:
+    with server.outcome(token).noted():
         config = load_config(server.path(server.file.config))
         check_until(config, until)
         check_memory(config)
         with (
             open_folder(config, run, resume=resume, token=token) as folder,
             Roll(folder / ROLL, server.nodes).watching(grid.get_node_ids) as roll,
+            closing(
+                PulledApart(grid, Replies(grid, largest_reply(config, prepare_data(config, folder))).pull)
+            ) as apart,
         ):
             serve(
                 config, folder, apart, server.nodes(), look_up=server.nodes, until=until, tell=roll.tell,

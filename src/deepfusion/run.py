@@ -10,7 +10,7 @@ import os
 import platform
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 
 from deepfusion.artifacts import RunFolder, hold, key_of, write_atomic
 from deepfusion.config import RunConfig, to_toml
-from deepfusion.data.options import CorpusSource
+from deepfusion.data.options import CorpusSource, TokenizerOptions
 from deepfusion.data.prepare import PreparedData, corpus_from_source, load_prepared, prepare
 from deepfusion.data.sources import fingerprint
 from deepfusion.data.split import divide
@@ -28,6 +28,7 @@ from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import DeviceCard, cards, shared_ids
 from deepfusion.devices.releases import Seeded
 from deepfusion.errors import ConfigError, MemoryLimitError, ResumeError
+from deepfusion.federation.header import LARGEST_HEADER
 from deepfusion.methods.base import Site, Training
 from deepfusion.methods.budget import Shapes
 from deepfusion.moe import families
@@ -138,6 +139,18 @@ def shapes_of(config: RunConfig) -> Shapes:
     domains = min(size, wanted if isinstance(wanted, int) else family.num_experts(target))
     shapes = tuple(shape for name, shape in own.items() if name in carried)
     return Shapes(config.data.sequence_length, domains, shapes, family.student_config(target), target)
+
+
+def largest_reply(config: RunConfig, data: PreparedData) -> int | None:
+    """Bytes that no single answer of a device comes near: twice what the plan says that one sends in the whole run, and a header.
+
+    None where devices send their text, whose size nobody knows beforehand.
+    """
+    known = replace(config, data=replace(config.data, tokenizer=TokenizerOptions(vocab_size=data.vocab_size)))
+    shapes = shapes_of(known)
+    sent = [config.method.traffic(own, shapes) for own in own_configs(known).values()]
+    found = [traffic.up for traffic in sent if traffic is not None]
+    return 2 * max(found) + LARGEST_HEADER if len(found) == len(sent) else None
 
 
 def prepare_data(config: RunConfig, folder: RunFolder, progress: Progress = silent) -> PreparedData:

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 
 from flwr.app import Message
-from google.protobuf.message import DecodeError
 
 from deepfusion.federation.door import Wire
 
@@ -18,14 +17,19 @@ class PulledApart:
 
     Flower's own waits up to three minutes for a reply of which its node has sent only a part. At most `threads` replies
     are being pulled or lie here unfetched, which bounds the memory; whoever was asked for longest ago is asked for next, so
-    that silent devices keep nobody waiting. What a reply says of itself is not believed: one that cannot be read, or claims
-    to answer another message, is as good as none.
+    that silent devices keep nobody waiting.
     """
 
-    def __init__(self, grid: Wire, threads: int = 8) -> None:
-        self._grid, self._threads = grid, threads
+    def __init__(self, grid: Wire, pull: Callable[[str], Message | None], threads: int = 8) -> None:
+        """Start no thread yet.
+
+        Args:
+            pull: the reply to a message, None while there is none; see `Replies`.
+            threads: replies at a time.
+        """
+        self._grid, self._pull, self._threads = grid, pull, threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="pull")
-        self._pulls: dict[str, Future[list[Message]]] = {}
+        self._pulls: dict[str, Future[Message | None]] = {}
         self._turn = count(1)
         self._asked: dict[str, int] = {}
 
@@ -41,26 +45,20 @@ class PulledApart:
         """Replies that have been pulled since the last call.
 
         Raises:
-            Exception: what Flower raised where the SuperLink could not be reached.
+            Exception: what `pull` raised: the SuperLink could not be reached.
         """
         wanted = list(message_ids)
         replies: list[Message] = []
         for message_id, pull in list(self._pulls.items()):
             if pull.done():
                 del self._pulls[message_id]
-                replies += pull.result() if message_id in wanted else []
+                reply = pull.result()
+                replies += [reply] if reply is not None and message_id in wanted else []
         for message_id in sorted(wanted, key=lambda name: self._asked.get(name, 0)):
             if message_id not in self._pulls and len(self._pulls) < self._threads:
                 self._pulls[message_id] = self._pool.submit(self._pull, message_id)
                 self._asked[message_id] = next(self._turn)
         return replies
-
-    def _pull(self, message_id: str) -> list[Message]:
-        try:
-            replies = list(self._grid.pull_messages([message_id]))
-            return [reply for reply in replies if reply.metadata.reply_to_message_id == message_id]
-        except (DecodeError, KeyError, ValueError, TypeError):
-            return []
 
     def close(self) -> None:
         """Wait for no thread any more."""
