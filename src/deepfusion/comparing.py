@@ -51,6 +51,8 @@ def compare(
         DeepFusionError: no run came to its end; says why the first one failed.
     """
     plans = [(name, seed, beside(config, name, seed)) for seed in seeds for name in _main_first(names)]
+    for sentence in uneven_budgets(config):
+        note(sentence)
     runs: list[Run] = []
     failures: dict[str, str] = {}
     for name, seed, settings in plans:
@@ -115,6 +117,16 @@ def document_scores(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Of the MoE of a finished run: each test document's negative log-likelihood in nats, and its counted tokens."""
     rows = json.loads((folder / "scores" / "moe" / "scores.json").read_text())["documents"]
     return np.asarray([row[0] for row in rows]), np.asarray([row[2] for row in rows])
+
+
+def uneven_budgets(config: RunConfig) -> Iterator[str]:
+    """In what DeepFusion has another budget than its rivals, as it is configured."""
+    main = config.method
+    assert isinstance(main, DeepFusion)
+    if main.continued:
+        yield "[continue]: DeepFusion's devices read their text a second time, its rivals' do not"
+    if getattr(main.cluster, "num_clusters", None) == "auto":
+        yield f'[cluster] num_clusters = "auto": rivals read what DeepFusion would with {shapes_of(config).domains} domains'
 
 
 def _main_first(names: Sequence[str]) -> Iterator[str]:

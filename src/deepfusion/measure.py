@@ -73,7 +73,7 @@ def measure(
         baselines=_baselines(config, site, scorer, clusters, reference),
         ledger=LedgerTotals(**ledger.totals()),
         bytes_by_kind=ledger.by_kind(),
-        budget=budget_of(config, site, devices),
+        budget=budget_of(config, site, devices, clusters),
         devices=devices,
         clusters=clusters,
         seconds=_seconds(site.folder),

@@ -63,7 +63,9 @@ def _text_of(config: RunConfig, site: Site, device_id: str) -> dict[str, Any]:
     return {"documents": told.get("documents", 0), "tokens": told.get("tokens", 0), "domains": {}}
 
 
-def budget_of(config: RunConfig, site: Site, devices: Sequence[DeviceRecord]) -> BudgetRecord:
+def budget_of(
+    config: RunConfig, site: Site, devices: Sequence[DeviceRecord], clusters: ClusterRecord | None
+) -> BudgetRecord:
     """Tokens and FLOPs of devices and server (baselines, section 9); who was not asked for its own model has not trained it."""
     fleet, length, found = config.devices, site.sequence_length, trainings(config)
     private = read = flops = 0
@@ -82,7 +84,9 @@ def budget_of(config: RunConfig, site: Site, devices: Sequence[DeviceRecord]) ->
             mine = round(whole * training.share)
             each = 3 * memory.forward_flops_per_token(training.model)
             read, flops = read + mine, flops + (mine + training.public_rows * length) * each
-    work = config.method.server_work(shapes_of(config)._replace(private=private))
+    shapes = shapes_of(config)
+    domains = clusters.num_clusters if clusters else shapes.domains
+    work = config.method.server_work(shapes._replace(private=private, domains=domains))
     return BudgetRecord(
         device_tokens=read,
         server_tokens=sum(training.tokens for training in work),

@@ -4,19 +4,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from deepfusion.comparing import beside, compare, document_scores
+from deepfusion.comparing import beside, compare, document_scores, uneven_budgets
 from deepfusion.config import RunConfig, parse_config
 from deepfusion.errors import ConfigError
-from deepfusion.methods import Centralised, FedAvg, FedMkt, OfaKd, methods
+from deepfusion.methods import Centralised, DeepFusion, FedAvg, FedMkt, OfaKd, methods
+from deepfusion.methods.selective import SelectiveRounds
 from deepfusion.record import Record
 from deepfusion.report.comparison import Comparison, Gap
 from deepfusion.run import shapes_of
+from deepfusion.stages.cluster.kmeans import KMeans
 from small_world import small_tree, write_text
 
 WARM = {"steps": 2, "training": {"batch_size": 4, "learning_rate": 3e-3}}
@@ -95,6 +98,18 @@ def test_what_the_main_run_has_made_is_not_made_again(compared: tuple[Path, Comp
             assert file.samefile(theirs / file.relative_to(ours) if ours.is_dir() else theirs)
     rows = (out / "fedavg" / "seed-0" / "ledger.jsonl").read_text().splitlines()
     assert {json.loads(row)["what"] for row in rows} == {"moe"}, "not the main run's bytes"
+
+
+def test_a_budget_that_is_not_even_is_said(config: RunConfig, compared: tuple[Path, Comparison]) -> None:
+    main = config.method
+    assert isinstance(main, DeepFusion)
+    cluster = KMeans(num_clusters="auto")
+    uneven = replace(config, method=replace(main, cluster=cluster, continued=SelectiveRounds()))
+    assert [sentence.partition(":")[0] for sentence in uneven_budgets(uneven)] == [
+        "[continue]",
+        '[cluster] num_clusters = "auto"',
+    ]
+    assert not list(uneven_budgets(config))
 
 
 def test_a_second_comparison_reads_what_is_there(config: RunConfig, compared: tuple[Path, Comparison]) -> None:
