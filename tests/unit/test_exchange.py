@@ -1,12 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which public text each domain reads."""
+"""Which public text each domain reads, and which models a device does not let near its own."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from devices_world import byte_tokenizer
+from transformers import AutoTokenizer
 
+from deepfusion.data.prepare import corpus_from_texts
+from deepfusion.devices.configurations import config_of
+from deepfusion.devices.device import Device
+from deepfusion.devices.models import from_config
+from deepfusion.devices.privacy import PrivacyOptions
+from deepfusion.devices.releases import Seeded
+from deepfusion.errors import UploadError
+from deepfusion.methods.exchange import train_here
 from deepfusion.methods.reading import domain_weights
+from deepfusion.training import Optimisation
+from deepfusion.types import ModelSpec
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0])
@@ -22,3 +36,29 @@ def test_public_text_is_drawn_by_its_closeness_to_the_domain(temperature: float)
 
 def test_uniform_text_has_no_weights() -> None:
     assert domain_weights(np.zeros((5, 3)), "uniform", 0.1) == [None] * 3
+
+
+@pytest.mark.parametrize("privacy", [None, PrivacyOptions(epsilon=8.0)])
+def test_a_model_without_a_row_for_each_token_is_refused_whatever_the_text_holds(
+    privacy: PrivacyOptions | None, tmp_path: Path
+) -> None:
+    """Else a server learns by the failure whether its one unknown word is in the text."""
+    spec = ModelSpec(name="m", preset="llama-pico")
+    tokenizer = byte_tokenizer(tmp_path / "tokenizer", vocab_size=300)
+    corpus = corpus_from_texts(["a", "e i"], "own", tokenizer)
+    assert int(corpus.token_ids.max()) < 250, "no document holds what the smaller models lack"
+    device = Device("d", spec, corpus, tokenizer, 8, Optimisation(batch_size=2), privacy, 1.0, 1, None, 0, Seeded(0))
+
+    def told(rows: int, end: int) -> dict[str, str | int | float | bool]:
+        return train_here(device, from_config(config_of(spec, vocab_size=rows, positions=8, eos_id=end), 0))
+
+    size = 1 + max(ids_of(tokenizer))
+    assert told(size, 0)["steps"] == 1
+    for rows, end in ((size - 1, 0), (250, 0), (size, size)):
+        with pytest.raises(UploadError, match=rf"knows tokens 0 to {rows - 1}, .* go up to {max(size - 1, end)}; send"):
+            told(rows, end)
+
+
+def ids_of(tokenizer: Path) -> list[int]:
+    """All ids of a tokenizer."""
+    return list(AutoTokenizer.from_pretrained(tokenizer).get_vocab().values())

@@ -12,7 +12,7 @@ import numpy as np
 
 from deepfusion.data.options import SPLITS, CorpusSource, DataOptions, Split
 from deepfusion.data.sources import Document, first_by_hash, read_documents
-from deepfusion.data.tokenizer import encode, end_id, make_tokenizer, open_tokenizer
+from deepfusion.data.tokenizer import encode, end_id, make_tokenizer, open_tokenizer, vocabulary_of
 from deepfusion.errors import DataError
 from deepfusion.types import Corpus, Progress, silent
 
@@ -29,7 +29,7 @@ class PreparedData:
         public: the server's text, without what `validation` holds.
         validation: public text that is never trained on.
         test: what results are measured on.
-        vocab_size: number of tokens; models need at least as many embeddings.
+        vocab_size: one more than the largest token id; models need at least as many embeddings.
         eos_id: the token that ends each document.
     """
 
@@ -67,7 +67,8 @@ def load_prepared(folder: Path) -> PreparedData:
     private, public, validation, test = (
         load_corpus(folder / name) for name in ("private", "public", "validation", "test")
     )
-    return PreparedData(folder / "tokenizer", private, public, validation, test, len(tokenizer), end_id(tokenizer))
+    size, end = vocabulary_of(tokenizer), end_id(tokenizer)
+    return PreparedData(folder / "tokenizer", private, public, validation, test, size, end)
 
 
 def tokenise(
@@ -84,7 +85,7 @@ def tokenise(
     starts = [len(document.prompt or "") if counted == "answer" else 0 for document in documents]
     pairs = list(encode(tokenizer, texts, starts))
     encoded = [text.encode() for text in texts]
-    small = len(tokenizer) <= 2**16
+    small = vocabulary_of(tokenizer) <= 2**16
     return Corpus(
         token_ids=_join((ids for ids, _ in pairs), np.uint16 if small else np.uint32),
         counted=_join((flags for _, flags in pairs), np.bool_),

@@ -74,6 +74,11 @@ def end_id(tokenizer: PreTrainedTokenizerFast) -> int:
     return cast(int, tokenizer.eos_token_id)
 
 
+def vocabulary_of(tokenizer: PreTrainedTokenizerFast) -> int:
+    """One more than the largest of the tokenizer's ids: as many rows a model's embedding needs."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
 def encode(
     tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], answer_starts: Sequence[int]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -15,13 +15,14 @@ from transformers import PreTrainedModel
 
 from deepfusion.artifacts import key_of, write_atomic
 from deepfusion.data.packing import PackedText
+from deepfusion.data.tokenizer import open_tokenizer, vocabulary_of
 from deepfusion.devices import configurations, models
 from deepfusion.devices.device import Device
 from deepfusion.devices.documents import PrivateDocuments
 from deepfusion.devices.memory import gib, num_parameters
 from deepfusion.devices.privacy import PrivacyOptions, draws_for, epsilon_of
 from deepfusion.devices.releases import Release, text_digest
-from deepfusion.errors import MemoryLimitError
+from deepfusion.errors import MemoryLimitError, UploadError
 from deepfusion.federation.spool import Check, Open, Spool, as_it_came, collect
 from deepfusion.methods.base import Site, Training
 from deepfusion.stages.embed import Embedding, HashedTfidf
@@ -156,6 +157,23 @@ def check_fits(device: Device, training: Training) -> None:
         )
 
 
+def check_vocabulary(device: Device, model: PreTrainedModel) -> None:
+    """On the device: refuse, before it reads any private text, a model that does not know each token of the run's tokenizer.
+
+    It would fail where such a token stands in the text, and to the server, who chose both, the failure would say so.
+
+    Raises:
+        UploadError: names both sizes.
+    """
+    rows, end = int(model.config.vocab_size), model.config.eos_token_id
+    needed = max(vocabulary_of(open_tokenizer(device.tokenizer)), 1 + end if isinstance(end, int) else 0)
+    if needed > rows:
+        raise UploadError(
+            f"server: its model knows tokens 0 to {rows - 1}, its tokenizer and end of text go up to {needed - 1}; "
+            "send both of one run"
+        )
+
+
 def describe_text(device: Device, request: Payload, embed: Embedding) -> torch.Tensor:
     """On the device: the embedding of its text, as it crosses the wire.
 
@@ -182,7 +200,9 @@ def train_here(
 
     Raises:
         PrivacyError: the device's owner gives no such model away.
+        UploadError: the model does not know each token of the run's tokenizer.
     """
+    check_vocabulary(device, model)
     if device.privacy is not None:
         assert (penalty, parts) == (None, 1), "of methods that train privately"
         return _train_privately(device, model, device.privacy)

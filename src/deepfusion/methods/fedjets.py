@@ -272,6 +272,7 @@ def _preferences(device: Device, request: Payload) -> Payload:
         config = configurations.config_from_json(file.metadata()["config"])
     common = models.from_config(config, seed=0)
     load_distinct(common, load_file(path))
+    exchange.check_vocabulary(device, common)
     text = PackedText(device.corpus, device.sequence_length, device.seed)
     q_E = gate_preference(common, list(by_layer(request.arrays).values()), text)
     return Payload("preference", {"preference": q_E}, {"device": device.id}, round=request.round)
