@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which public text each domain reads, and which models a device does not let near its own."""
+"""Which public text each domain reads, and which models and tokenizers a device does not let near its own."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from devices_world import byte_tokenizer
+from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
 from deepfusion.data.prepare import corpus_from_texts
+from deepfusion.data.tokenizer import open_tokenizer, tokenizer_from_json
 from deepfusion.devices.configurations import config_of
 from deepfusion.devices.device import Device
 from deepfusion.devices.models import from_config
 from deepfusion.devices.privacy import PrivacyOptions
 from deepfusion.devices.releases import Seeded
-from deepfusion.errors import UploadError
+from deepfusion.errors import DataError, UploadError
 from deepfusion.methods.exchange import train_here
 from deepfusion.methods.reading import domain_weights
 from deepfusion.training import Optimisation
@@ -62,3 +64,29 @@ def test_a_model_without_a_row_for_each_token_is_refused_whatever_the_text_holds
 def ids_of(tokenizer: Path) -> list[int]:
     """All ids of a tokenizer."""
     return list(AutoTokenizer.from_pretrained(tokenizer).get_vocab().values())
+
+
+WORDS = {"<end>": 0, "dog": 1, "?": 2}
+SCORES = [(word, -1.0) for word in WORDS]
+
+
+@pytest.mark.parametrize(
+    ("safe", "fails"),
+    [
+        (models.WordLevel(WORDS, unk_token="?"), models.WordLevel(WORDS, unk_token="!")),
+        (models.WordPiece(WORDS, unk_token="?"), models.WordPiece(WORDS, unk_token="!")),
+        (models.BPE(WORDS, [], unk_token="?"), models.BPE(WORDS, [], unk_token="!")),
+        (models.BPE(WORDS, []), models.BPE(WORDS, [], unk_token="!")),
+        (models.Unigram(SCORES, unk_id=2), models.Unigram(SCORES)),
+    ],
+)
+def test_a_tokenizer_that_fails_on_an_unknown_word_is_refused_before_it_reads_any(
+    safe: models.Model, fails: models.Model, tmp_path: Path
+) -> None:
+    """Else a server learns by the failure whether all of a text is among the words that it chose."""
+    tokenizer_from_json(Tokenizer(safe).to_str(), "<end>", tmp_path)
+    assert open_tokenizer(tmp_path).encode("cat") is not None
+    with pytest.raises(Exception, match=r"(?i)unk"):
+        Tokenizer(fails).encode("cat")
+    with pytest.raises(DataError, match="fails on words that it does not know; give its model an unknown token"):
+        tokenizer_from_json(Tokenizer(fails).to_str(), "<end>", tmp_path)

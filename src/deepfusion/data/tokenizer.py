@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -46,13 +47,23 @@ def tokenizer_from_json(text: str, end: str, folder: Path) -> None:
         end: its end-of-text token.
 
     Raises:
-        DataError: it describes none.
+        DataError: it describes none, or one that fails on a text with a word that it does not know.
     """
     try:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing narrower
         raise DataError(f"not a tokenizer.json ({error}); save one with Tokenizer.save(...)") from error
+    if not _reads_everything(json.loads(tokenizer.to_str())["model"]):
+        raise DataError("its tokenizer.json fails on words that it does not know; give its model an unknown token")
     _wrap(tokenizer, end).save_pretrained(folder)
+
+
+def _reads_everything(model: Mapping[str, Any]) -> bool:
+    """Whether the `model` part of a tokenizer.json has a token for what it does not know, or leaves that out."""
+    if model["type"] == "Unigram":
+        return model["unk_id"] is not None
+    unknown = model["unk_token"]
+    return unknown in model["vocab"] or (unknown is None and model["type"] == "BPE")
 
 
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
