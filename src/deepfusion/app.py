@@ -30,7 +30,7 @@ from deepfusion.federation.local_grid import LocalGrid
 from deepfusion.federation.replies import Replies
 from deepfusion.federation.roll import ROLL, Roll
 from deepfusion.fleet.device_file import load_device
-from deepfusion.fleet.job import job_payload, open_workshop
+from deepfusion.fleet.job import discreet, job_payload, open_workshop
 from deepfusion.fleet.server_file import open_server
 from deepfusion.measure import measure
 from deepfusion.methods.base import Method, StageReached
@@ -86,7 +86,8 @@ def _answer_on_a_fleet(message: Message, path: Path) -> Message:
 
     def handle(request: Payload) -> Payload:
         shop = open_workshop(own, path, job_of(message), message.metadata.run_id)
-        return shop.answer(request, lambda: _work(shop.job.method, shop.device(request), request))
+        with discreet(own):
+            return shop.answer(request, lambda: _work(shop.job.method, shop.device(request), request))
 
     try:
         with _threads(own.limits.threads):

@@ -140,3 +140,22 @@ def test_statistics_that_single_out_a_word_are_refused_by_the_device(layout: Lay
     with pytest.raises(job.UploadError, match="weighs a word 20 times as much as the median one"):
         config.method.client(device, request)
     assert not list(layout.device(IDS[0]).rglob("account.jsonl")), "what was not given away is not charged"
+
+
+@pytest.mark.parametrize("demanded", ["epsilon = 2.5", "embedding_epsilon = 1.0"])
+def test_a_device_whose_owner_demands_privacy_does_not_say_on_what_it_failed(
+    demanded: str, layout: Layout, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_arguments: object, **_named: object) -> None:
+        raise ValueError("the word is quay")
+
+    monkeypatch.setattr(exchange, "train_causal_lm", fails)
+    demand(layout, IDS[0], demanded)
+    failures: dict[str, str] = {}
+    with pytest.raises(FederationError, match="none of 3 devices answered"):
+        serve_fleet(layout, Wires(layout), PRIVATE, "devices.privacy.epsilon=2.5", until="uploads",
+                    tell=lambda device, state, reason: failures.update({device: reason}))  # fmt: skip
+    assert job.FAILED in failures[IDS[0]]
+    assert "quay" not in failures[IDS[0]]
+    assert "quay" in failures[IDS[1]], "whose owner demands nothing"
+    assert "ValueError: the word is quay" in capfd.readouterr().err, "the device's log"

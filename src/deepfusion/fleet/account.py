@@ -43,6 +43,11 @@ class Demands:
     embedding_epsilon: float | None = None
     delta: float = 1e-5
 
+    @property
+    def any(self) -> bool:
+        """Whether the owner demands privacy at all."""
+        return self.epsilon is not None or self.embedding_epsilon is not None
+
     def faults(self) -> Iterator[str]:
         """What is wrong with the values, and the cure."""
         for name, usual in (("epsilon", 8.0), ("embedding_epsilon", 1.0)):

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +22,15 @@ from deepfusion.data.prepare import corpus_from_source, load_corpus, write_corpu
 from deepfusion.data.tokenizer import open_tokenizer, tokenizer_from_json
 from deepfusion.devices.device import Device
 from deepfusion.devices.privacy import PrivacyOptions
-from deepfusion.errors import DeepFusionError, FederationError, PrivacyError, UploadError
+from deepfusion.errors import (
+    ConfigError,
+    DeepFusionError,
+    FederationError,
+    MemoryLimitError,
+    ModelError,
+    PrivacyError,
+    UploadError,
+)
 from deepfusion.federation.payload import parts
 from deepfusion.federation.spool import Spool
 from deepfusion.fleet.account import Account
@@ -34,6 +44,9 @@ from deepfusion.types import Payload
 JOB = "job"
 """What the ledger books a job as."""
 _TOKENIZER = "tokenizer.json"
+_OPEN = (ConfigError, FederationError, MemoryLimitError, ModelError, PrivacyError, UploadError)
+"""What is wrong with a job, a request, the device's model, limits or account: none of it comes of the text."""
+FAILED = "its work on its text failed; its owner demands privacy, so the reason stands in the device's log alone"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +152,22 @@ class Workshop:
             if old.partition("-")[0] < name.partition("-")[0]:
                 spool.path(old).unlink()
         return answer
+
+
+@contextmanager
+def discreet(own: DeviceFile) -> Generator[None]:
+    """Within it, what fails on the text of a device whose owner demands privacy is told by one fixed sentence.
+
+    Raises:
+        FederationError: that sentence; the error itself is printed, and so goes to the device's log.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, _OPEN) or not own.privacy.any:
+            raise
+        traceback.print_exc()
+        raise FederationError(FAILED) from None  # or the error's own text would go along
 
 
 def open_workshop(own: DeviceFile, path: Path, job: Payload | None, run: int) -> Workshop:
