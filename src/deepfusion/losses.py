@@ -95,14 +95,16 @@ def listen(teachers: Sequence[TeacherScores], student: Scores, batch: Batch, tru
 
     A teacher knows its own domain; elsewhere its distributions lead away from the text. "better" keeps the rows that a
     teacher predicts at least as well as the student does, "best" of those teachers the one that predicts the row best,
-    with the weight of all. "always" asks that one also where the student is ahead of it.
+    with the weight of all. "always" asks that one also where the student is ahead of it. A teacher whose prediction of a
+    row is not finite is not listened to there.
     """
     if trust == "all" or not teachers:
         return list(teachers)
     nll_AB = torch.stack([_row_cross_entropy(teacher.scores, batch) for teacher in teachers])
-    heard_AB = torch.ones_like(nll_AB, dtype=torch.bool)
+    heard_AB = nll_AB.isfinite()
+    nll_AB = nll_AB.where(heard_AB, torch.inf)
     if trust != "always":
-        heard_AB = nll_AB <= _row_cross_entropy(student, batch)
+        heard_AB = heard_AB & (nll_AB <= _row_cross_entropy(student, batch))
     if trust == "better":
         return [teacher._replace(trusted_B=rows_B) for teacher, rows_B in zip(teachers, heard_AB, strict=True)]
     best_B, whole = nll_AB.argmin(0), sum(teacher.weight for teacher in teachers)

@@ -165,6 +165,23 @@ def test_better_listens_to_a_teacher_on_the_rows_that_it_predicts_no_worse() -> 
     assert rows_heard([noisy], student, batch, "better") == [[True, False, True]], "padding says nothing"
 
 
+@pytest.mark.parametrize("trust", ["better", "best", "always"])
+def test_a_teacher_that_overflows_on_a_row_is_not_heard_there_and_silences_nobody(trust: Trust) -> None:
+    every_BT = torch.ones(B, T, dtype=torch.bool)
+    batch = Batch(torch.randint(0, V, (B, T)), every_BT, every_BT)
+    good = torch.nn.functional.one_hot(batch.input_ids_BT.roll(-1, 1), V).double()
+    student = torch.zeros(B, T, V, dtype=torch.float64).requires_grad_()
+    bad = torch.stack([torch.full((T, V), torch.nan), torch.full((T, V), torch.inf), -good[2]]).double()
+    rows = [[False, False, False], [True, True, True]]
+    assert rows_heard([bad, good], student, batch, trust) == rows
+    assert rows_heard([bad], student, batch, trust) == [[False, False, trust == "always"]]
+    heard = listen([teacher_of(bad, 0.5, every_BT), teacher_of(good, 0.5, every_BT)], Scores(student), batch, trust)
+    loss, _ = loss_of(student, heard, batch, 1.0)
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert bool(loss.isfinite())
+    assert bool(gradient.isfinite().all())
+
+
 def test_best_listens_on_each_row_to_one_teacher_with_the_weight_of_all() -> None:
     every_BT = torch.ones(B, T, dtype=torch.bool)
     batch = Batch(torch.randint(0, V, (B, T)), every_BT, every_BT)

@@ -17,9 +17,11 @@ from distill_world import config, write_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from deepfusion.data.prepare import corpus_from_texts
 from deepfusion.devices.models import from_config, load, save
 from deepfusion.errors import ModelError, UploadError
 from deepfusion.stages import proxy
+from deepfusion.stages.evaluate import Score, score_documents
 from deepfusion.stages.proxy import MODEL, SCREENED, Judge, ProxyOptions, load_proxies, make_proxies
 from deepfusion.state_dicts import distinct_state
 from deepfusion.types import Clusters, Proxy, State, Upload
@@ -64,14 +66,10 @@ def proxies_of(
 ) -> list[Proxy]:  # fmt: skip
     """The mean of all models of a group; greedy soups where there is a judge."""
     out.mkdir(parents=True)
-
-    def never(_domain: int, _model: PreTrainedModel) -> float:
-        raise AssertionError("a mean asks nobody")
-
     make_proxies(
         uploads, clusters_of(labels), options=ProxyOptions(average="soup" if judge else "mean", soups=soups, weights=weights),  # type: ignore[arg-type]
         initials={name: site[name] for name in ARCHITECTURES}, tokenizer_folder=site["tokenizer"],
-        judge=judge or never, out=out,
+        judge=judge or (lambda _domain, _model: 0.0), out=out,
     )  # fmt: skip
     return load_proxies(out)
 
@@ -198,7 +196,7 @@ def test_an_upload_that_cannot_be_averaged_is_refused_by_name(
 def test_memory_does_not_grow_with_the_number_of_devices(
     site: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An upload is let go before the next one is read."""
+    """An upload is let go before the next one is read; each is read to be tried, and to be averaged."""
     alive: list[weakref.ref[torch.Tensor]] = []
     most = 0
     read = proxy.read_model
@@ -214,7 +212,7 @@ def test_memory_does_not_grow_with_the_number_of_devices(
     monkeypatch.setattr(proxy, "read_model", watched)
     uploads = [upload(site, tmp_path, i, "gpt2-pico", seed=i) for i in range(12)]
     proxies_of(site, uploads, [0] * 12, tmp_path / "out")
-    assert len(alive) == 12 * len(distinct_state(load(site["gpt2-pico"])))
+    assert len(alive) == 2 * 12 * len(distinct_state(load(site["gpt2-pico"])))
     assert most <= 1, "more of an upload than the tensor looked at last is in memory when the next one is read"
 
 
@@ -245,6 +243,57 @@ def test_one_hostile_model_of_five_moves_a_robust_average_no_further_than_the_ot
         assert bool((tensor <= stack.amax(0) + 1e-6).all()), name
         assert bool((tensor >= stack.amin(0) - 1e-6).all()), name
     assert len(found.members) == 5
+
+
+def huge(part: str) -> Callable[[State], None]:
+    """Finite weights whose products are not."""
+
+    def change(state: State) -> None:
+        for tensor in (tensor for name, tensor in state.items() if part in name):
+            generator = torch.Generator().manual_seed(tensor.numel())
+            tensor.copy_(3e37 * torch.randn(tensor.shape, generator=generator).sign())
+
+    return change
+
+
+@pytest.mark.parametrize("screen", [None, 1e9])
+@pytest.mark.parametrize("average", ["mean", "soup", "trimmed", "median", "krum"])
+def test_a_model_whose_finite_weights_overflow_is_left_out_and_named_and_changes_nothing(
+    average: str, screen: float | None, site: dict[str, Path], tmp_path: Path
+) -> None:
+    """Also where nobody is compared with it: alone in its domain and architecture."""
+    text = corpus_from_texts(["w1 w2 w3 w4", "w5 w6 w7"], "public", site["tokenizer"])
+
+    def judge(_domain: int, model: PreTrainedModel) -> float:
+        return sum(score_documents(model, text, 16), Score()).log_perplexity
+
+    good = [upload(site, tmp_path, i, "gpt2-pico", seed=i) for i in range(4)]
+    bad = [
+        upload(site, tmp_path, 4, "gpt2-pico", change=huge("")),
+        upload(site, tmp_path, 5, "llama-pico", change=huge("mlp")),
+    ]
+    for devices, out in ((good, tmp_path / "good"), ([*good, *bad], tmp_path / "all")):
+        out.mkdir()
+        make_proxies(
+            devices, clusters_of([0] * len(devices)), options=ProxyOptions(average=average, screen=screen),  # type: ignore[arg-type]
+            initials={name: site[name] for name in ARCHITECTURES}, tokenizer_folder=site["tokenizer"],
+            judge=judge, out=out,
+        )  # fmt: skip
+    honest, found = load_proxies(tmp_path / "good"), load_proxies(tmp_path / "all")
+    assert [(p.architecture, p.members, p.weight) for p in found] == [
+        (p.architecture, p.members, p.weight) for p in honest
+    ]
+    files = ["model.safetensors", "config.json"]
+    assert all(
+        (p.folder / f).read_bytes() == (q.folder / f).read_bytes()
+        for p, q in zip(found, honest, strict=True)
+        for f in files
+    )
+    told = json.loads((tmp_path / "all" / SCREENED).read_text())
+    assert told == {
+        name: f"{name} predicts its domain's public text at no finite number of nats: its weights overflow"
+        for name in ("d4", "d5")
+    }
 
 
 def screening(

@@ -135,7 +135,7 @@ class DeepFusion:
         """Phase I: one proxy for each domain and architecture, as a list of teachers for each domain."""
 
         def make(folder: Path) -> None:
-            judge = reading.judge_on_public_text(site, weights, self.proxy.judged_on)
+            judge = reading.judge_on_public_text(site, weights, self.proxy.read_on)
             proxy.make_proxies(
                 uploads, clusters, options=self.proxy, initials=initials, judge=judge,
                 tokenizer_folder=site.data.tokenizer, out=folder, progress=site.progress,
@@ -143,11 +143,11 @@ class DeepFusion:
 
         digests = {upload.device_id: file_digest(upload.path) for upload in uploads}
         options = self.distillation
-        read = (options.text, options.text_temperature, site.data_key) if self.proxy.judges else ()
+        read = (options.text, options.text_temperature, site.data_key)
         domains = (clusters.label_N.tolist(), clusters.centroid_KD.tolist())  # all that follows knows them by this key
         folder = site.keep("proxies", make, self.proxy, digests, *domains, *read)
         for reason in json.loads((folder / proxy.SCREENED).read_text()).values():
-            site.note(f"left out by [proxy] screen: {reason}")
+            site.note(f"left out of the proxies: {reason}")
         proxies = proxy.load_proxies(folder)
         return [[p for p in proxies if p.cluster == k] for k in range(clusters.num_clusters)]
 

@@ -39,7 +39,10 @@ def weights_key(weights: Weights) -> list[list[float] | None]:
 
 
 def judge_on_public_text(site: Site, weights: Weights, count: int) -> Judge:
-    """Compares models by their log-perplexity on `count` public documents of a domain, drawn by the domain's weights."""
+    """Compares models by their log-perplexity on `count` public documents of a domain, drawn by the domain's weights.
+
+    Where these have no token to predict, all models are alike: 0.
+    """
     public = site.data.public
     texts: list[Corpus] = []
     for domain, weights_U in enumerate(weights):
@@ -49,9 +52,8 @@ def judge_on_public_text(site: Site, weights: Weights, count: int) -> Judge:
         texts.append(public.select(np.sort(rows)))
 
     def judge(domain: int, model: PreTrainedModel) -> float:
-        return sum(
-            evaluate.score_documents(model, texts[domain], site.sequence_length), evaluate.Score()
-        ).log_perplexity
+        score = sum(evaluate.score_documents(model, texts[domain], site.sequence_length), evaluate.Score())
+        return score.log_perplexity if score.tokens else 0.0
 
     return judge
 

@@ -27,6 +27,8 @@ MODEL = "model/"
 
 SCREENED = "screened.json"
 """Beside the proxies: why a device's model was left out, by its id."""
+GLANCE = 8
+"""Public documents that show whether a model predicts finite numbers, where models are not compared."""
 
 Judge = Callable[[int, PreTrainedModel], float]
 """Log-perplexity of a model on a domain's public text."""
@@ -42,12 +44,12 @@ class ProxyOptions:
             worse at the domain's public text (greedy soup, arXiv 2203.05482); what fits nowhere begins a soup of its own.
             "trimmed", "median" and "krum" bear a minority of hostile models, see `robust_average`; groups must be large.
         soups: most proxies of one domain and architecture; the worst models that fit in none of them are left out.
-        judged_on: public documents that models are compared on for a soup.
+        judged_on: public documents that models are compared on, for a soup or for `screen`.
         weights: "uniform" counts every device alike (the paper), "tokens" by the tokens that it trained on (alike where
             no device of a group trained on any).
         bad: share of a group that may be hostile, for "trimmed" and "krum".
         screen: nats by which a model may predict its domain's public text worse than the weights that it started from; one that
-            is worse is left out, and named in the record. All are taken when left out.
+            is worse is left out, and named in the record. When left out, all are taken but those that overflow.
     """
 
     average: Literal["mean", "soup", "trimmed", "median", "krum"] = "soup"
@@ -68,12 +70,12 @@ class ProxyOptions:
         if self.weights == "tokens" and self.average in ("trimmed", "median", "krum"):
             yield f'weights = "tokens": average = "{self.average}" counts every model alike; set weights = "uniform"'
         if self.screen is not None and not math.isfinite(self.screen):
-            yield f"screen = {self.screen}: must be finite; leave it out to take all models"
+            yield f"screen = {self.screen}: must be finite; leave it out to compare with no start"
 
     @property
-    def judges(self) -> bool:
-        """Whether models are compared on public text."""
-        return self.average == "soup" or self.screen is not None
+    def read_on(self) -> int:
+        """Public documents that each model is read on: many where models are compared by them."""
+        return self.judged_on if self.average == "soup" or self.screen is not None else GLANCE
 
 
 def make_proxies(
@@ -86,7 +88,7 @@ def make_proxies(
 
     Args:
         initials: folder of each architecture's first weights, for its configuration.
-        judge: asked where models are compared, see `ProxyOptions.judges`.
+        judge: reads `ProxyOptions.read_on` documents.
 
     Raises:
         UploadError: models of one architecture that started from different weights (averaging those means nothing),
@@ -136,22 +138,23 @@ def _screened(
     group: list[Upload], options: ProxyOptions, model: PreTrainedModel, judge: Callable[[PreTrainedModel], float],
     screened: dict[str, str],
 ) -> tuple[list[Upload], dict[str, float]]:  # fmt: skip
-    """The models of a group that are not much worse than their start, and each one's nats; adds the others to `screened`.
+    """The models of a group that predict finite numbers, and with `screen` are not much worse than their start; their nats.
 
     Args:
         model: holds the group's first weights, and is used to try the others.
+        screened: gets the others.
     """
-    if not options.judges:
-        return group, {}
     start, expected = math.inf if options.screen is None else judge(model), distinct_state(model)
     if math.isnan(start):
         who = ", ".join(upload.device_id for upload in group)
         raise ModelError(f"the weights that {who} started from predict NaN: nothing can be screened by them")
     alone = {upload.device_id: _nats(model, _mean([upload], options, expected), judge) for upload in group}
     for upload in group:
-        if (nats := alone[upload.device_id]) > start + (options.screen or 0):
-            said = f"{upload.device_id} predicts its domain's public text at {nats:.2f} nats"
-            screened[upload.device_id] = f"{said}, the weights that it started from at {start:.2f}"
+        nats, said = alone[upload.device_id], f"{upload.device_id} predicts its domain's public text at"
+        if not math.isfinite(nats):
+            screened[upload.device_id] = f"{said} no finite number of nats: its weights overflow"
+        elif nats > start + (options.screen or 0):
+            screened[upload.device_id] = f"{said} {nats:.2f} nats, the weights that it started from at {start:.2f}"
     return [upload for upload in group if upload.device_id not in screened], alone
 
 
@@ -174,7 +177,7 @@ def _soups(
                 soups[index] = [*soup, upload], together
                 break
         else:
-            if not soups or (len(soups) < options.soups and math.isfinite(alone[upload.device_id])):
+            if len(soups) < options.soups:
                 soups.append(([upload], alone[upload.device_id]))
     return [soup for soup, _ in soups]
 
