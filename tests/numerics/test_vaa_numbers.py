@@ -52,6 +52,24 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.parametrize("wrong", [1e20, float("inf"), float("nan")])
+@pytest.mark.parametrize("options", VARIANTS)
+def test_a_row_on_which_the_teacher_overflows_is_as_good_as_padding(options: dict[str, Any], wrong: float) -> None:
+    """Also 1e20, which a norm takes for an overflow although the teacher's predictions may be fine."""
+    vaa, valid_BT = adapter(**options), torch.ones(B, T, dtype=torch.bool)
+    student, teacher = features(vaa)
+    mixed = [tap_BTR.clone() for tap_BTR in teacher]
+    for tap_BTR in mixed:
+        tap_BTR[1, 7:] *= wrong
+    without_BT = valid_BT.clone()
+    without_BT[1] = False
+    losses = [vaa(student, taught, valid_BT, there) for taught, there in ((mixed, valid_BT), (teacher, without_BT))]
+    gradients = [torch.autograd.grad(loss, [*vaa.parameters()]) for loss in losses]
+    assert torch.equal(*losses)
+    assert float(losses[0].detach()) > 0
+    assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
+
+
 @pytest.mark.parametrize("stages", range(1, 7))
 def test_stages_end_at_rounded_shares_of_the_depth(stages: int) -> None:
     for depth in range(stages, 30):

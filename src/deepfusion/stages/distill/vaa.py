@@ -22,6 +22,8 @@ from deepfusion.stages.distill.base import Adapter, rules
 
 CONTRAST_TEMPERATURE = 0.1
 """tau_c of the InfoNCE extension."""
+FARTHEST = 1e15
+"""Beyond it a teacher's feature has a square that overflows: a row of text with such a feature is left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,16 +131,17 @@ class VaaAdapter(Adapter):
     ) -> torch.Tensor:
         """L_FM: the sum over stages of the mean squared error over valid patches (or tokens) and dimensions."""
         predicted = [p_BPR.float() for p_BPR in self.predict(student_hidden, student_valid_BT)]
-        present_BP = self._valid_patches(student_valid_BT) & self._valid_patches(teacher_valid_BT)
+        own_BP = self._valid_patches(student_valid_BT)
         loss = predicted[0].new_zeros(())
         for p_BPR, hidden_BTR in zip(predicted, teacher_hidden, strict=True):
             target_BTR = hidden_BTR.detach().float()
             if self.options.teacher_norm == "layernorm":
                 target_BTR = layer_norm(target_BTR, target_BTR.shape[-1:])
+            target_BTR, there_BT = _bounded(target_BTR, teacher_valid_BT)
             if self.options.fm_target == "tokens":
                 p_BTR = p_BPR.repeat_interleave(self.window, dim=1)[:, : target_BTR.shape[1]]
-                loss = loss + _masked_error(p_BTR, target_BTR, teacher_valid_BT)
-            target_BPR = self._pool(target_BTR, teacher_valid_BT)
+                loss = loss + _masked_error(p_BTR, target_BTR, there_BT)
+            target_BPR, present_BP = self._pool(target_BTR, there_BT), own_BP & self._valid_patches(there_BT)
             if self.options.fm_target == "patches":
                 loss = loss + _masked_error(p_BPR, target_BPR, present_BP)
             if self.options.info_nce:
@@ -224,6 +227,13 @@ def sinusoid(length: int, width: int, device: torch.device) -> torch.Tensor:
 def _without_padding(hidden_BTH: torch.Tensor, valid_BT: torch.Tensor) -> torch.Tensor:
     """Padding set to 0; packed text has none, and is not copied."""
     return hidden_BTH if bool(valid_BT.all()) else hidden_BTH.masked_fill(~valid_BT[..., None], 0.0)
+
+
+def _bounded(target_BTR: torch.Tensor, valid_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows with a feature that is too large or no number are emptied, and as good as padding."""
+    low_BT, high_BT = target_BTR.aminmax(dim=-1)  # NaN is both
+    sound_B = (((low_BT > -FARTHEST) & (high_BT < FARTHEST)) | ~valid_BT).all(1)
+    return target_BTR.where(sound_B[:, None, None], 0.0), valid_BT & sound_B[:, None]
 
 
 def _masked_error(guess_BXR: torch.Tensor, target_BXR: torch.Tensor, mask_BX: torch.Tensor) -> torch.Tensor:
