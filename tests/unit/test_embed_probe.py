@@ -56,6 +56,17 @@ def test_domains_are_recovered_and_their_documents_lie_near(seed: int) -> None:
     assert (nearest_U == TOPIC_U).mean() > 0.75, "of all public documents, probed or not"
 
 
+@pytest.mark.parametrize("wrong", [np.nan, -np.inf])
+def test_a_model_that_overflows_has_no_direction_and_moves_nobodys(wrong: float) -> None:
+    gain_NQ, _ = gains(6)
+    document_QD = unit(np.random.default_rng(0).normal(size=(gain_NQ.shape[1], 8)))
+    bad_NQ = np.insert(gain_NQ, 2, gain_NQ[0], axis=0)
+    bad_NQ[2, 5] = wrong
+    found_ND = PROBE.embeddings_of(bad_NQ, document_QD)
+    assert not found_ND[2].any()
+    assert np.array_equal(np.delete(found_ND, 2, axis=0), PROBE.embeddings_of(gain_NQ, document_QD))
+
+
 def test_a_fleet_of_one_and_equal_devices_are_no_error() -> None:
     document_QD = unit(np.random.default_rng(0).normal(size=(5, 8)))
     one = PROBE.embeddings_of(np.arange(5.0)[None], document_QD)

@@ -63,8 +63,14 @@ class ServerProbe:
         return np.sort(np.random.default_rng(derive_seed(seed, "probes")).choice(len(public), count, replace=False))
 
     def embeddings_of(self, gain_NQ: np.ndarray, document_QD: np.ndarray) -> np.ndarray:
-        """Unit embeddings (N, width) of devices out of what training gained them on each probe document."""
-        centred_NQ = gain_NQ - gain_NQ.mean(1, keepdims=True)
-        if len(gain_NQ) > 1:
+        """Unit embeddings (N, width) of devices out of what training gained them on each probe document.
+
+        A device whose gains are not all finite gets zeros, and has no part in the mean over devices.
+        """
+        sound_N = np.isfinite(gain_NQ).all(1)
+        centred_NQ = gain_NQ[sound_N] - gain_NQ[sound_N].mean(1, keepdims=True)
+        if len(centred_NQ) > 1:
             centred_NQ -= centred_NQ.mean(0)
-        return np.stack([to_wire(row) for row in centred_NQ @ document_QD])
+        found_ND = np.zeros((len(gain_NQ), document_QD.shape[1]), np.result_type(gain_NQ, document_QD))
+        found_ND[sound_N] = centred_NQ @ document_QD
+        return np.stack([to_wire(row) for row in found_ND])
