@@ -25,7 +25,9 @@ from deepfusion.data.prepare import PreparedData, load_prepared
 from deepfusion.devices import models
 from deepfusion.devices.fleet import cards
 from deepfusion.errors import DataError
+from deepfusion.measure import round_count
 from deepfusion.membership import area, caught, matched, mean_area
+from deepfusion.methods.rounds import read_round
 from deepfusion.run import CONFIG, private_corpus, text_is_here
 from deepfusion.stages.evaluate import score_documents
 from deepfusion.stages.proxy import load_proxies, load_upload
@@ -97,9 +99,9 @@ class _Suspect:
 def audit_run(path: Path, *, most: int = 500, seed: int = 0, progress: Progress = silent) -> Audit:
     """Attack the models of a finished run, and write `audit.json` beside them.
 
-    Members are documents of the devices' private text. Others are test documents, which nobody has trained on: of the same
-    domains and groups of length, equally many of each side, drawn once for each model. A test text that stands in any training
-    text is left out.
+    Members are documents of the private text of the devices that a model has learnt from. Others are test documents, which
+    nobody has trained on: of the same domains and groups of length, equally many of each side, drawn once for each model. A
+    test text that stands in any training text is left out.
 
     Args:
         path: a run folder.
@@ -218,9 +220,24 @@ def _suspects(path: Path, config: RunConfig, here: tuple[str, ...]) -> Iterator[
     for proxy in load_proxies(path / "proxies") if (path / "proxies" / "proxies.json").exists() else ():
         if set(proxy.members) <= set(here):
             yield _Suspect("proxies", f"proxy {proxy.folder.name}", partial(models.load, proxy.folder), proxy.members)
+    taught = _taught(path, config, here)
     for kind, folder in (("fused MoE", path / "moe"), (CONTROL, path / "reference" / "moe")):
         if folder.exists():
-            yield _Suspect(kind, kind, partial(models.load, folder), here)
+            yield _Suspect(kind, kind, partial(models.load, folder), taught)
+
+
+def _taught(path: Path, config: RunConfig, here: tuple[str, ...]) -> tuple[str, ...]:
+    """The devices that the MoE has learnt from, by proxies or in rounds; all that are here where there is neither.
+
+    Who was not asked, failed or was left out is no member: its text would pull the attacks towards guessing.
+    """
+    proxies = load_proxies(path / "proxies") if (path / "proxies" / "proxies.json").exists() else []
+    rounds = [path / "rounds" / str(number) for number in range(round_count(config))]
+    if not proxies and not rounds:
+        return here
+    said = {device for proxy in proxies for device in proxy.members}
+    said |= {device for folder in rounds for device in read_round(folder)["answered"]}
+    return tuple(device for device in here if device in said)
 
 
 def _attacked(

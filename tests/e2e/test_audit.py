@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,17 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import small_world
+from deepfusion import audit
 from deepfusion.app import launch
 from deepfusion.audit import CONTROL, Audit, audit_run, audit_table
 from deepfusion.cli import app
-from deepfusion.config import parse_config
+from deepfusion.config import load_config, parse_config
+from deepfusion.data.prepare import load_prepared
+from deepfusion.devices.fleet import cards
 from deepfusion.errors import DataError
+from deepfusion.run import CONFIG, private_corpus
+from deepfusion.stages.proxy import load_proxies
+from deepfusion.types import Corpus
 from small_world import small_tree, write_text
 
 
@@ -64,6 +72,31 @@ def test_both_sides_have_as_many_documents_and_every_kind_is_there(found: Audit)
     assert all(model.members == model.others >= 10 for model in found.models)
     assert sum(model.kind == "devices" for model in found.models) == 3
     assert next(model for model in found.models if model.kind == "fused MoE").members > 40
+
+
+def test_members_of_the_moe_are_of_the_devices_that_it_has_learnt_from(
+    run: Path, found: Audit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of one that is in no proxy, because it was not asked, failed or was left out."""
+    members, strata = list[list[str]](), audit._Strata.of
+
+    def seen(self: audit._Strata, corpora: list[Corpus]) -> list[tuple[str, int]]:
+        members.append([text for corpus in corpora for text in corpus.texts()])
+        return strata(self, corpora)
+
+    proxies = load_proxies(run / "proxies")
+    left = proxies[0].members[0]
+    kept = [replace(p, members=tuple(m for m in p.members if m != left)) for p in proxies]
+    monkeypatch.setattr(audit, "load_proxies", lambda _folder: [p for p in kept if p.members])
+    monkeypatch.setattr(audit._Strata, "of", seen)
+    shutil.copytree(run, tmp_path / "run")
+    audit_run(tmp_path / "run")
+    config, data = load_config(run / CONFIG), load_prepared(run / "data")
+    texts = {card.id: [*private_corpus(config, data, card.id).texts()] for card in cards(config.devices, config.seed)}
+    taught = sorted(text for device, mine in texts.items() if device != left for text in mine)
+    assert len(taught) < sum(map(len, texts.values()))
+    assert sorted(members[-4]) == taught, "the fused MoE"
+    assert sorted(members[-2]) == taught, "the control, so that both are attacked on the same text"
 
 
 def test_what_is_found_is_written_shown_and_the_same_again(run: Path, found: Audit) -> None:

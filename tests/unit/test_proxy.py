@@ -325,9 +325,25 @@ def test_without_a_screen_everybody_counts(site: dict[str, Path], tmp_path: Path
     assert json.loads((tmp_path / "out" / SCREENED).read_text()) == {}
 
 
-def test_a_domain_of_which_nobody_is_left_is_named(site: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(UploadError, match=r"domain 0: no model is left \(d0 predicts .* raise \[proxy\] screen"):
+def test_where_nobody_is_left_the_models_are_named(site: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UploadError, match=r"no domain has a model left \(d0 predicts .* raise \[proxy\] screen"):
         screening(site, tmp_path, [9.0, 8.0], 0.5)
+
+
+def test_a_domain_of_which_nobody_is_left_has_no_proxy_and_the_others_theirs(
+    site: dict[str, Path], tmp_path: Path
+) -> None:
+    nats = {"d0": 9.0, "d1": 4.0, "d2": 4.0}
+    uploads = [upload(site, tmp_path, i, "llama-pico", change=shift(n)) for i, n in enumerate(nats.values())]
+    (tmp_path / "out").mkdir()
+    make_proxies(
+        uploads, clusters_of([0, 1, 1]), options=ProxyOptions(average="mean", screen=0.5),
+        initials={name: site[name] for name in ARCHITECTURES}, tokenizer_folder=site["tokenizer"],
+        judge=lambda _domain, model: max(5.0, float(distinct_state(model)["model.norm.weight"].mean()) - 1),
+        out=tmp_path / "out",
+    )  # fmt: skip
+    assert [(p.cluster, p.members, p.weight) for p in load_proxies(tmp_path / "out")] == [(1, ("d1", "d2"), 1.0)]
+    assert json.loads((tmp_path / "out" / SCREENED).read_text()).keys() == {"d0"}
 
 
 def test_a_start_that_cannot_be_judged_stops_the_screening(site: dict[str, Path], tmp_path: Path) -> None:

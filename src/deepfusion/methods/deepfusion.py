@@ -132,7 +132,7 @@ class DeepFusion:
         initials: dict[str, Path],
         weights: reading.Weights,
     ) -> list[list[Proxy]]:
-        """Phase I: one proxy for each domain and architecture, as a list of teachers for each domain."""
+        """Phase I: one proxy for each domain and architecture, as a list of teachers for each domain; some may have none."""
 
         def make(folder: Path) -> None:
             judge = reading.judge_on_public_text(site, weights, self.proxy.read_on)
@@ -149,7 +149,12 @@ class DeepFusion:
         for reason in json.loads((folder / proxy.SCREENED).read_text()).values():
             site.note(f"left out of the proxies: {reason}")
         proxies = proxy.load_proxies(folder)
-        return [[p for p in proxies if p.cluster == k] for k in range(clusters.num_clusters)]
+        teachers = [[p for p in proxies if p.cluster == k] for k in range(clusters.num_clusters)]
+        for k in (k for k, mine in enumerate(teachers) if not mine):
+            site.note(
+                f"domain {k} has no teacher, all its models were left out: its student learns from public text alone"
+            )
+        return teachers
 
     def start(self, site: Site, teachers: Sequence[Sequence[Proxy]], weights: reading.Weights) -> Path:
         """What all students start as: the best proxy that can grow to their size, or the target's base."""

@@ -67,12 +67,12 @@ def mean_judge(site: Site, weights: Weights, count: int) -> Callable[[PreTrained
 def domain_texts(
     site: Site, weights: Weights, teachers: Sequence[Sequence[Proxy]], options: generate.GenerateOptions
 ) -> list[Text]:
-    """Each domain's training text: its part of the public text, mixed with what its teachers wrote."""
+    """Each domain's training text: its part of the public text, mixed with what its teachers wrote, if it has any."""
     share, length = options.share, site.sequence_length
     texts: list[Text] = []
     for k, (weights_U, domain_teachers) in enumerate(zip(weights, teachers, strict=True)):
         public = PackedText(site.data.public, length, derive_seed(site.seed, "text", k), weights_U)
-        if share:
+        if share and domain_teachers:
             corpus = written(site, k, domain_teachers, options)
             own = PackedText(corpus, length, derive_seed(site.seed, "written", k))
             texts.append(MixedText(public, own, share))

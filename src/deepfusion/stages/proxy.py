@@ -84,7 +84,8 @@ def make_proxies(
 ) -> None:  # fmt: skip
     """Write one Hugging Face folder for each domain and architecture, and `proxies.json` beside them.
 
-    Models are read one at a time, so memory does not grow with the number of devices.
+    Models are read one at a time, so memory does not grow with the number of devices. A domain whose models are all left out
+    has no proxy.
 
     Args:
         initials: folder of each architecture's first weights, for its configuration.
@@ -92,7 +93,7 @@ def make_proxies(
 
     Raises:
         UploadError: models of one architecture that started from different weights (averaging those means nothing),
-            are not of that architecture, or hold NaN or infinity, or none of a domain passes `screen`; names the devices.
+            are not of that architecture, or hold NaN or infinity, or all are left out; names the devices.
     """
     rows: list[dict[str, Any]] = []
     screened: dict[str, str] = {}
@@ -122,14 +123,12 @@ def make_proxies(
                     "num_tokens": sum(upload.num_tokens for upload in soup),
                 })  # fmt: skip
             progress("average proxies", done, len(uploads), f"cluster-{cluster}-{architecture}")
-        if not made:
-            worst = "; ".join(screened[upload.device_id] for upload in members[:3])
-            raise UploadError(
-                f"domain {cluster}: no model is left ({worst}); raise [proxy] screen, or train the devices longer"
-            )
         by_tokens = any(row["num_tokens"] for row in made)
         parts = [row["num_tokens"] if by_tokens else len(row["members"]) for row in made]
         rows += [{**row, "weight": part / sum(parts)} for row, part in zip(made, parts, strict=True)]
+    if not rows:
+        worst = "; ".join(list(screened.values())[:3])
+        raise UploadError(f"no domain has a model left ({worst}); raise [proxy] screen, or train the devices longer")
     (out / SCREENED).write_text(json.dumps(screened, indent=1), encoding="utf-8")
     (out / "proxies.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
