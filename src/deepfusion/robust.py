@@ -11,7 +11,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy import stats
 
 from deepfusion.types import State
 
@@ -23,10 +22,11 @@ Reader = Callable[[str], torch.Tensor]
 def robust_average(models: Sequence[Reader], names: Sequence[str], how: Robust, bad: float) -> State:
     """One model out of N, of which a share `bad` may be anything.
 
-    "trimmed" leaves out, number by number, the floor(bad N) largest and smallest and averages the rest; "median" takes each
-    number's median; "krum" takes the one model that is nearest to its N - f - 2 nearest others, f = floor(bad N) but at
-    most (N - 3) / 2, above which Krum promises nothing. Whole numbers (buffers) are the first model's. Of one or two
-    models the first two give the mean, the third the first model.
+    "trimmed" leaves out, number by number, the floor(bad N) largest and smallest, from three models on at least one of each
+    (none where `bad` is 0), and averages the rest; "median" takes each number's median; "krum" takes the one model that is
+    nearest to its N - f - 2 nearest others, f = floor(bad N) but at most (N - 3) / 2, above which Krum promises nothing.
+    Whole numbers (buffers) are the first model's. Of one or two models the first two give the mean, the third the first
+    model: nobody can tell there which one is bad, so it counts.
 
     Args:
         models: N readers of models of one architecture.
@@ -35,6 +35,8 @@ def robust_average(models: Sequence[Reader], names: Sequence[str], how: Robust, 
     if how == "krum":
         chosen = models[krum(models, names, max(0, min(int(bad * len(models)), (len(models) - 3) // 2)))]
         return {name: chosen(name) for name in names}
+    size = len(models)
+    cut = max(int(bad * size), 1 if bad and size > 2 else 0)
     found: State = {}
     for name in names:
         first = models[0](name)
@@ -42,9 +44,15 @@ def robust_average(models: Sequence[Reader], names: Sequence[str], how: Robust, 
             found[name] = first
             continue
         stack_N = np.stack([model(name).double().numpy() for model in models])
-        middle = np.median(stack_N, axis=0) if how == "median" else stats.trim_mean(stack_N, bad, axis=0)
+        middle = np.median(stack_N, axis=0) if how == "median" else _trimmed(stack_N, cut)
         found[name] = torch.as_tensor(np.asarray(middle)).to(first.dtype)
     return found
+
+
+def _trimmed(stack_N: np.ndarray, cut: int) -> np.ndarray:
+    """The mean over the first axis without the `cut` largest and smallest numbers of each place."""
+    stop = len(stack_N) - cut
+    return np.partition(stack_N, (cut, stop - 1), axis=0)[cut:stop].mean(axis=0)
 
 
 def krum(models: Sequence[Reader], names: Sequence[str], bad: int) -> int:

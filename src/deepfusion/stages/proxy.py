@@ -42,12 +42,14 @@ class ProxyOptions:
         average: "mean" of all models of a domain and architecture (paper). Models that were trained on unlike text can
             average to something worse than each, so "soup" averages a model only with such as do not make the result
             worse at the domain's public text (greedy soup, arXiv 2203.05482); what fits nowhere begins a soup of its own.
-            "trimmed", "median" and "krum" bear a minority of hostile models, see `robust_average`; groups must be large.
+            "trimmed", "median" and "krum" bear a minority of hostile models, see `robust_average`; groups must be large: in
+            one of one or two models a hostile one counts.
         soups: most proxies of one domain and architecture; the worst models that fit in none of them are left out.
         judged_on: public documents that models are compared on, for a soup or for `screen`.
         weights: "uniform" counts every device alike (the paper), "tokens" by the tokens that it trained on (alike where
             no device of a group trained on any).
-        bad: share of a group that may be hostile, for "trimmed" and "krum".
+        bad: share of a group that may be hostile, for "trimmed" (which leaves out at least one model on each side of three or
+            more) and "krum".
         screen: nats by which a model may predict its domain's public text worse than the weights that it started from; one that
             is worse is left out, and named in the record. When left out, all are taken but those that overflow.
     """
