@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Averages that a minority of bad models cannot move far: trimmed mean, median (Yin 2018), Krum (Blanchard 2017).
+"""Averages that a minority of bad models cannot move far: trimmed mean, median (Yin 2018), Krum (Blanchard 2017); weights, too.
 
 Models are read tensor by tensor, so memory holds one tensor of each model, not all models.
 """
@@ -7,6 +7,7 @@ Models are read tensor by tensor, so memory holds one tensor of each model, not 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from statistics import median_low
 from typing import Literal
 
 import numpy as np
@@ -17,6 +18,19 @@ from deepfusion.types import State
 Robust = Literal["trimmed", "median", "krum"]
 Reader = Callable[[str], torch.Tensor]
 """Gives a model's tensor by its name."""
+CREDIBLE = 10
+"""A claim counts at most so many times the median one: nobody can check it, and devices of one kind do not differ so much."""
+
+
+def credible(claims: Sequence[int]) -> list[int]:
+    """Numbers of tokens that devices claim to have trained on, as they count where they are weights of one average.
+
+    The median is that of the claims above 0, and of an even number of them the lower one, so that of two devices the one that
+    claims more does not vouch for itself.
+    """
+    said = [claim for claim in claims if claim > 0]
+    most = CREDIBLE * median_low(said) if said else 0
+    return [min(claim, most) for claim in claims]
 
 
 def robust_average(models: Sequence[Reader], names: Sequence[str], how: Robust, bad: float) -> State:

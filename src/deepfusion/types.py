@@ -239,7 +239,7 @@ class Proxy:
         folder: a Hugging Face model folder.
         num_tokens: tokens that its members trained on, together.
         members: device ids.
-        weight: omega, its share of the cluster's tokens; a cluster's weights sum to 1.
+        weight: omega, its share of the cluster's tokens as far as they are credible; a cluster's weights sum to 1.
     """
 
     cluster: int

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which public text each domain reads, and which models and tokenizers a device does not let near its own."""
+"""Which public text each domain reads, which models and tokenizers a device does not let near its own, how answers weigh."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from devices_world import byte_tokenizer
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
@@ -19,10 +20,13 @@ from deepfusion.devices.models import from_config
 from deepfusion.devices.privacy import PrivacyOptions
 from deepfusion.devices.releases import Seeded
 from deepfusion.errors import DataError, UploadError
+from deepfusion.federation.payload import encode
 from deepfusion.methods.exchange import train_here
 from deepfusion.methods.reading import domain_weights
+from deepfusion.methods.rounds import answers
+from deepfusion.stages.proxy import MODEL
 from deepfusion.training import Optimisation
-from deepfusion.types import ModelSpec
+from deepfusion.types import ModelSpec, Payload
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0])
@@ -90,3 +94,12 @@ def test_a_tokenizer_that_fails_on_an_unknown_word_is_refused_before_it_reads_an
         Tokenizer(fails).encode("cat")
     with pytest.raises(DataError, match="fails on words that it does not know; give its model an unknown token"):
         tokenizer_from_json(Tokenizer(fails).to_str(), "<end>", tmp_path)
+
+
+def test_a_rounds_answer_weighs_by_its_tokens_as_far_as_they_are_credible(tmp_path: Path) -> None:
+    tokens = {"a": 0, "b": 100, "c": 300, "d": 2**62}
+    files = {device: tmp_path / device for device in tokens}
+    for device, count in tokens.items():
+        sent = Payload("moe", {MODEL + "weight": torch.ones(1)}, {"device": device, "tokens": count})
+        files[device].write_bytes(encode(sent))
+    assert [(device, weight) for device, _, weight in answers(files)] == [("a", 1), ("b", 100), ("c", 300), ("d", 3000)]

@@ -102,6 +102,22 @@ def test_token_weights_are_the_uniform_ones_where_tokens_are_equal_or_absent(
             assert torch.equal(states[0][name], states[1][name])
 
 
+@pytest.mark.parametrize("claim", [10**6, 2**62])
+def test_a_device_that_claims_many_tokens_weighs_at_most_ten_times_the_median(
+    claim: int, site: dict[str, Path], tmp_path: Path
+) -> None:
+    rows = [("gpt2-pico", 100), ("gpt2-pico", 200), ("gpt2-pico", 300), ("llama-pico", claim)]
+    uploads = [upload(site, tmp_path, i, name, tokens=tokens, seed=i) for i, (name, tokens) in enumerate(rows)]
+    first, second = proxies_of(site, uploads, [0] * 4, tmp_path / "out")
+    assert (first.weight, second.weight) == (600 / 2600, 2000 / 2600)
+    assert second.num_tokens == claim, "what was said is told as it was said"
+    uploads = [upload(site, tmp_path, i, "llama-pico", tokens=(100, claim)[i], seed=i) for i in range(2)]
+    found = distinct_state(load(proxies_of(site, uploads, [0, 0], tmp_path / "mean", "tokens")[0].folder))
+    states = [load_file(u.path) for u in uploads]
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, (states[0][MODEL + name] + 10 * states[1][MODEL + name]) / 11)
+
+
 def test_token_weights_follow_the_tokens(site: dict[str, Path], tmp_path: Path) -> None:
     uploads = [upload(site, tmp_path, i, "llama-pico", tokens=(300, 100)[i], seed=i) for i in range(2)]
     found = distinct_state(load(proxies_of(site, uploads, [0, 0], tmp_path / "out", "tokens")[0].folder))

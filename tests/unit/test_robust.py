@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from deepfusion.robust import Reader, Robust, krum, robust_average
+from deepfusion.robust import Reader, Robust, credible, krum, robust_average
 from deepfusion.types import State
 
 
@@ -83,3 +83,22 @@ def test_equal_models_give_that_model(how: str) -> None:
     found = robust_average(readers([state] * 5), ["a", "b"], how, 0.2)  # type: ignore[arg-type]
     assert torch.equal(found["a"], state["a"])
     assert torch.equal(found["b"], state["b"])
+
+
+@pytest.mark.parametrize(
+    ("claims", "count"),
+    [
+        ([100, 300, 1000], [100, 300, 1000]),
+        ([100, 300, 2**62], [100, 300, 3000]),
+        ([100, 2**62], [100, 1000]),
+        ([2**62], [2**62]),
+        ([0, 0, 0, 50, 400], [0, 0, 0, 50, 400]),
+        ([0, 0, 50, 60, 2**62], [0, 0, 50, 60, 600]),
+        ([0, 0], [0, 0]),
+        ([], []),
+    ],
+)
+def test_a_claim_counts_at_most_ten_times_the_median_of_those_that_are_not_zero(
+    claims: list[int], count: list[int]
+) -> None:
+    assert credible(claims) == count

@@ -25,11 +25,12 @@ from deepfusion.data.packing import PackedText
 from deepfusion.devices import configurations, models
 from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import DeviceCard, FleetOptions
-from deepfusion.federation.payload import check_metadata, check_state, read_file
+from deepfusion.federation.payload import check_metadata, check_state, read_file, read_metadata
 from deepfusion.methods import assembly, beginning, exchange
 from deepfusion.methods.base import Site, TargetOptions, Training, family_faults, precision_faults
 from deepfusion.methods.budget import Budget, Shapes, Work, work
 from deepfusion.moe.routing import Penalty
+from deepfusion.robust import credible
 from deepfusion.stages.proxy import MODEL
 from deepfusion.stages.tune import TuneOptions
 from deepfusion.training import derive_seed
@@ -233,7 +234,8 @@ def answer(
 
 
 def answers(files: Mapping[str, Path]) -> Iterator[tuple[str, State, int]]:
-    """Each answer's device, tensors and weight (its tokens; one where it has no text); one is in memory at a time."""
-    for device, path in files.items():
+    """Each answer's device, tensors and weight (its `credible` tokens, or one without text); one is in memory at a time."""
+    tokens = credible([int(read_metadata(path)["tokens"]) for path in files.values()])
+    for (device, path), count in zip(files.items(), tokens, strict=True):
         payload = read_file(path, source=f"device {device}")
-        yield device, exchange.with_prefix(payload, MODEL), max(1, int(payload.metadata["tokens"]))
+        yield device, exchange.with_prefix(payload, MODEL), max(1, count)

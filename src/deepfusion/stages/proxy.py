@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from deepfusion.devices.models import load, save
 from deepfusion.errors import ModelError, UploadError
-from deepfusion.robust import robust_average
+from deepfusion.robust import credible, robust_average
 from deepfusion.state_dicts import average, distinct_state, load_distinct
 from deepfusion.types import Clusters, Progress, Proxy, State, Upload, silent
 
@@ -46,8 +46,8 @@ class ProxyOptions:
             one of one or two models a hostile one counts.
         soups: most proxies of one domain and architecture; the worst models that fit in none of them are left out.
         judged_on: public documents that models are compared on, for a soup or for `screen`.
-        weights: "uniform" counts every device alike (the paper), "tokens" by the tokens that it trained on (alike where
-            no device of a group trained on any).
+        weights: "uniform" counts every device alike (the paper), "tokens" by the tokens that it says that it trained on, see
+            `credible` (alike where no device of a group trained on any).
         bad: share of a group that may be hostile, for "trimmed" (which leaves out at least one model on each side of three or
             more) and "krum".
         screen: nats by which a model may predict its domain's public text worse than the weights that it started from; one that
@@ -125,14 +125,20 @@ def make_proxies(
                     "num_tokens": sum(upload.num_tokens for upload in soup),
                 })  # fmt: skip
             progress("average proxies", done, len(uploads), f"cluster-{cluster}-{architecture}")
-        by_tokens = any(row["num_tokens"] for row in made)
-        parts = [row["num_tokens"] if by_tokens else len(row["members"]) for row in made]
-        rows += [{**row, "weight": part / sum(parts)} for row, part in zip(made, parts, strict=True)]
+        rows += _weighed(made, by_id)
     if not rows:
         worst = "; ".join(list(screened.values())[:3])
         raise UploadError(f"no domain has a model left ({worst}); raise [proxy] screen, or train the devices longer")
     (out / SCREENED).write_text(json.dumps(screened, indent=1), encoding="utf-8")
     (out / "proxies.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+def _weighed(made: Sequence[Mapping[str, Any]], by_id: Mapping[str, Upload]) -> list[dict[str, Any]]:
+    """A domain's proxies with omega: by their members' tokens, or by their number where nobody has any."""
+    ids = [device_id for row in made for device_id in row["members"]]
+    tokens = dict(zip(ids, credible([by_id[device_id].num_tokens for device_id in ids]), strict=True))
+    parts = [sum(tokens[device_id] if any(tokens.values()) else 1 for device_id in row["members"]) for row in made]
+    return [{**row, "weight": part / sum(parts)} for row, part in zip(made, parts, strict=True)]
 
 
 def _screened(
@@ -203,7 +209,7 @@ def _read(file: Any, name: str) -> torch.Tensor:
 
 def _mean(group: Sequence[Upload], options: ProxyOptions, expected: State) -> State:
     """Mean of the uploads of one cluster and architecture, whose tensors must look like `expected`."""
-    weights = [float(upload.num_tokens) for upload in group]
+    weights = [float(tokens) for tokens in credible([upload.num_tokens for upload in group])]
     if options.weights == "uniform" or not any(weights):
         weights = [1.0] * len(group)
 
