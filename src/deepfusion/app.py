@@ -225,7 +225,7 @@ def serve(
     )  # fmt: skip
     try:
         data = prepare_data(config, folder, progress)
-        site = make_site(config, folder, data, progress=progress, note=notes, until=until)
+        site = make_site(config, folder, data, progress=progress, note=notes, until=until, failures=door.failures)
         moe = config.method.server(site, door)
     except StageReached:
         return None

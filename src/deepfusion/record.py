@@ -183,7 +183,8 @@ class Record(_Part):
     Attributes:
         rounds: of a method in rounds, the score of the model after each one, before the last tuning.
         round_records: what happened in each of them.
-        failures: why a device had no part: it did not answer, or what it would train does not fit its memory.
+        failures: why a device had no part: it did not answer, what it sent was refused, or what it would train does not fit
+            its memory.
     """
 
     schema_version: int = SCHEMA

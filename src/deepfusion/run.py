@@ -168,8 +168,13 @@ def make_site(
     progress: Progress = silent,
     note: Callable[[str], None] = lambda sentence: None,
     until: str | None = None,
+    failures: dict[str, str] | None = None,
 ) -> Site:
-    """The server's side of the run. Devices that are too small for the method have no part in it."""
+    """The server's side of the run. Devices that are too small for the method have no part in it.
+
+    Args:
+        failures: the door's.
+    """
     unfit = too_large(config)
     if unfit:
         note(f"{len(unfit)} devices are left out: what they would train does not fit their memory")
@@ -188,6 +193,7 @@ def make_site(
         until=until,
         quorum=config.federation.minimum_devices,
         server=config.server,
+        failures={} if failures is None else failures,
     )
     site.reached("data")
     return site

@@ -95,6 +95,24 @@ def test_a_refused_upload_is_noted_and_costs_its_device_only(tmp_path: Path) -> 
     assert spool.rejected() == {}, "a device that made good is no longer refused"
 
 
+def test_a_quorum_that_is_not_reached_tells_why_of_everybody_who_is_missing(tmp_path: Path) -> None:
+    failures = {"d3": "was not online\nand more"}
+
+    def check(device_id: str, payload: Payload) -> None:
+        if device_id == "d1":
+            raise UploadError("device d1: it is too large; send less")
+
+    def without_d3(requests: Mapping[str, Payload]) -> Iterator[tuple[str, Payload]]:
+        yield from Devices()({device_id: request for device_id, request in requests.items() if device_id != "d3"})
+
+    with pytest.raises(FederationError) as caught:
+        collect(without_d3, REQUESTS, Spool(tmp_path), check, minimum=3, failures=failures)
+    sentence, *reasons = str(caught.value).splitlines()
+    assert "2 of 4 devices answered, [federation] minimum_devices = 3; missing: d1, d3; what has arrived" in sentence
+    assert reasons == ["  d1: device d1: it is too large; send less", "  d3: was not online"]
+    assert failures["d1"] == "device d1: it is too large; send less"
+
+
 def test_a_second_answer_of_one_device_does_not_replace_the_first(tmp_path: Path) -> None:
     def twice(requests: Mapping[str, Payload]) -> Iterator[tuple[str, Payload]]:
         yield "d0", upload("d0")

@@ -73,7 +73,8 @@ class Door:
     """A `Call` over any Flower grid.
 
     Attributes:
-        failures: why a device gave no answer, by device id: the last call's word on each device.
+        failures: why a device gave no answer, by device id: the last call's word on each device. Who refuses an answer
+            puts the reason here, before the next one is asked for.
     """
 
     def __init__(
@@ -137,7 +138,7 @@ class Door:
         attempts, not_before = dict.fromkeys(requests, 0), dict.fromkeys(requests, 0.0)
         sent: dict[str, _Sent] = {}
         failed: list[str] = []
-        answered, closes = 0, _after(self._deadline)
+        settled, answered, closes = 0, False, _after(self._deadline)
         while waiting or sent:
             gone = self._shut_out(waiting, sent)
             ready = {device_id for device_id in waiting if time.monotonic() >= not_before[device_id]}
@@ -145,9 +146,9 @@ class Door:
             arrivals = self._receive(sent) if time.monotonic() < closes else self._close(waiting, sent)
             for device_id, outcome in chain(gone, arrivals):
                 if isinstance(outcome, Payload):
-                    answered += 1
+                    answered = True
                     self.failures.pop(device_id, None)
-                    self._tell(device_id, "answered", "")
+                    yield device_id, outcome  # who takes it may refuse it
                 elif self._can_be_mended(outcome, attempts[device_id]):
                     attempts[device_id] += 1
                     not_before[device_id] = time.monotonic() + self._pause(attempts[device_id])
@@ -156,13 +157,14 @@ class Door:
                     continue
                 else:
                     self.failures[device_id] = outcome.reason
-                    failed.append(device_id)
-                    self._tell(device_id, "failed", outcome.reason)
-                note = f"{len(failed)} failed" if failed else device_id
-                self._progress("devices", answered + len(failed), len(requests), note)
-                if isinstance(outcome, Payload):
-                    yield device_id, outcome
                 del outcome  # or it would be in memory until the next one has arrived
+                settled += 1
+                reason = self.failures.get(device_id)
+                if reason is not None:
+                    failed.append(device_id)
+                self._tell(device_id, "answered" if reason is None else "failed", reason or "")
+                note = f"{len(failed)} failed" if failed else device_id
+                self._progress("devices", settled, len(requests), note)
         if failed and not answered:
             raise FederationError(
                 f"none of {len(failed)} devices answered; device {failed[0]}: {self.failures[failed[0]]}"

@@ -127,6 +127,7 @@ def collect(
     check: Check = _accept,
     minimum: int = 1,
     opened: Open = as_it_came,
+    failures: dict[str, str] | None = None,
 ) -> list[str]:
     """Bring the uploads of the devices into the spool, one at a time, and return who is in it, in order of `requests`.
 
@@ -137,15 +138,17 @@ def collect(
         check: of what is kept, in this run and in a resumed one.
         minimum: the quorum: how many good uploads are enough, of those that were asked.
         opened: what is kept of an arrival.
+        failures: where `call` says why a device gave no answer; whose upload was refused is put there, too.
 
     Raises:
-        FederationError: there are fewer; says who is missing, and why the first one was refused.
+        FederationError: there are fewer; says who is missing, and why.
     """
+    failures = {} if failures is None else failures
     have = {device_id for device_id in requests if _is_good(device_id, spool, check)}
     missing = {device_id: request for device_id, request in requests.items() if device_id not in have}
     if missing:
         try:
-            _bring(call, missing, spool, check, opened, have)
+            _bring(call, missing, spool, check, opened, have, failures)
         except FederationError:
             if not have:  # what a resumed run has already is as good as what arrives now
                 raise
@@ -154,18 +157,23 @@ def collect(
         said = f"the first of {len(reasons)} refused: {reasons[0]}" if reasons else "none was asked"
         raise FederationError(f"no device's upload can be used; {said}")
     if len(have) < min(minimum, len(requests)):
-        missing = [device_id for device_id in requests if device_id not in have]
-        raise FederationError(
+        absent = [device_id for device_id in requests if device_id not in have]
+        reasons = [
+            f"{device_id}: {said}" for device_id in absent if (said := failures.get(device_id, "").partition("\n")[0])
+        ]
+        sentence = (
             f"{len(have)} of {len(requests)} devices answered, [federation] minimum_devices = {minimum}; missing: "
-            f"{', '.join(missing)}; what has arrived is kept: see to them and go on with --resume, or lower the minimum"
+            f"{', '.join(absent)}; what has arrived is kept: see to them and go on with --resume, or lower the minimum"
         )
+        raise FederationError("\n  ".join([sentence, *reasons]))
     return [device_id for device_id in requests if device_id in have]
 
 
 def _bring(
-    call: Call, missing: Mapping[str, Payload], spool: Spool, check: Check, opened: Open, have: set[str]
-) -> None:
-    """Ask the missing devices and add those whose upload is good to `have`."""
+    call: Call, missing: Mapping[str, Payload], spool: Spool, check: Check, opened: Open, have: set[str],
+    failures: dict[str, str],
+) -> None:  # fmt: skip
+    """Ask the missing devices; add those whose upload is good to `have`, and why another one is not to `failures`."""
     for device_id, payload in call(missing):
         if device_id not in missing or device_id in have:
             again = "a second time; give every device an id of its own" if device_id in have else "without being asked"
@@ -176,6 +184,7 @@ def _bring(
             check(device_id, payload)
         except UploadError as error:
             spool.reject(device_id, str(error))
+            failures[device_id] = str(error)
             continue
         spool.put(device_id, payload)
         have.add(device_id)

@@ -119,6 +119,7 @@ class Site:
         quorum: how many of the devices that are asked have to answer.
         server: [server] how the server's work is spread.
         note: called with a sentence for the record's notes.
+        failures: why a device has no part, by device id: the door's, to which refusals of what arrived are added.
     """
 
     folder: RunFolder
@@ -135,6 +136,7 @@ class Site:
     until: str | None = None
     quorum: int = 1
     server: ServerOptions = field(default_factory=ServerOptions)
+    failures: dict[str, str] = field(default_factory=dict[str, str])
 
     def keep(self, name: str, make: Callable[[Path], None], *parts: Any) -> Path:
         """The stage's folder, made unless it is there with the same inputs and options (`RunFolder.keep`).

@@ -274,14 +274,14 @@ def spool_answers(
     """Ask the devices whose answer is not on the disk yet; the files of the good answers, in the order of `requests`.
 
     Args:
-        check: see `collect`; what it refuses becomes a note of the run.
+        check: see `collect`; what it refuses becomes a note of the run, and its device one that had no part.
         key: hash of what the answers depend on besides their device's own part of [devices]; answers of another key are
             thrown away.
         place: folder of the answers within the run's.
         opened: see `collect`.
     """
     spool = Spool(site.folder / place, site.by_device(key))
-    have = collect(call, requests, spool, check, site.quorum, opened)
+    have = collect(call, requests, spool, check, site.quorum, opened, site.failures)
     for device_id, reason in spool.rejected().items():
         site.note(f"upload of {device_id} was refused: {reason}")
     return {device_id: spool.path(device_id) for device_id in have}
