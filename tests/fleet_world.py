@@ -121,5 +121,5 @@ def serve_fleet(
     with open_folder(config, layout.server / "run", resume=resume) as folder:
         return serve(
             config, folder, wires, wires.nodes, timeout=config.federation.timeout_seconds, until=until, tell=tell,
-            job=lambda card: job_payload(config, folder / "data" / "tokenizer", card.model.name),
+            job=lambda card: job_payload(config, folder.path, card.model.name),
         )  # fmt: skip

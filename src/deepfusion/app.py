@@ -131,7 +131,7 @@ def _serve_a_fleet(grid: Grid, context: Context) -> None:
             serve(
                 config, folder, apart, server.nodes(), look_up=server.nodes, until=until, tell=roll.tell,
                 timeout=config.federation.timeout_seconds,
-                job=lambda card: job_payload(config, folder / "data" / "tokenizer", card.model.name),
+                job=lambda card: job_payload(config, folder.path, card.model.name),
             )  # fmt: skip
 
 

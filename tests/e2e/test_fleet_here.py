@@ -70,7 +70,7 @@ def test_a_fleet_ends_with_the_same_bytes_as_one_machine(layout: Layout, local: 
     # the bytes of the job are counted like all others
     jobs = {row.device: row.bytes for row in read_rows(layout.server / "run/ledger.jsonl") if row.what == "job"}
     config = server_config(layout)
-    sent = {d.id: job.job_payload(config, layout.server / "run/data/tokenizer", d.model) for d in config.devices.named}
+    sent = {d.id: job.job_payload(config, layout.server / "run", d.model) for d in config.devices.named}
     assert jobs == {device_id: len(encode(payload)) for device_id, payload in sent.items()}
     assert record.ledger.download_bytes > sum(jobs.values()) > 0
 
@@ -216,7 +216,7 @@ def test_a_device_keeps_to_its_own_model_limits_and_methods(layout: Layout) -> N
 )
 def test_a_job_that_is_not_one_is_refused_on_the_device(layout: Layout, change: dict[str, object], said: str) -> None:
     serve_fleet(layout, Wires(layout), until="initial")
-    good = job.job_payload(server_config(layout), layout.server / "run/data/tokenizer", "gpt2")
+    good = job.job_payload(server_config(layout), layout.server / "run", "gpt2")
     bad = job.Payload(good.what, good.arrays, {**good.metadata, **change})
     path = layout.devices()["device-000"]
     with pytest.raises((FederationError, ConfigError, job.UploadError), match=said):
@@ -229,7 +229,7 @@ def test_an_encoder_is_the_devices_own_copy_or_none(layout: Layout) -> None:
     serve_fleet(layout, Wires(layout), until="initial")
     config = server_config(layout)
     config = replace(config, method=replace(config.method, embed=FrozenEncoder(model="/etc")))
-    payload = job.job_payload(config, layout.server / "run/data/tokenizer", "gpt2")
+    payload = job.job_payload(config, layout.server / "run", "gpt2")
     with pytest.raises(FederationError, match=r"describes text by the encoder '/etc'; name the device's copy"):
         job.open_workshop(load_device(path), path, payload, 1)
     path.write_text('encoder = "mine"\n' + path.read_text())
@@ -304,7 +304,7 @@ def test_a_request_that_takes_too_long_is_ended_by_the_device(layout: Layout) ->
             serve(
                 config, folder, grid, grid.nodes, until="uploads", timeout=300,
                 tell=lambda device, state, reason: failures.update({device: reason}),
-                job=lambda card: job.job_payload(config, folder / "data" / "tokenizer", card.model.name),
+                job=lambda card: job.job_payload(config, folder.path, card.model.name),
             )  # fmt: skip
 
         with pytest.raises(FederationError, match="none of 1 devices answered"):

@@ -64,17 +64,22 @@ def test_the_noise_is_the_devices_own_and_the_same_when_asked_again(layout: Layo
     # asked again, with its kept answers lost
     for folder in layout.folder.glob("devices/*/place/jobs/*/answers"):
         shutil.rmtree(folder)
-    shutil.rmtree(layout.server / "run")
-    serve_fleet(layout, Wires(layout), PRIVATE, until="uploads")
+    shutil.rmtree(layout.server / "run/uploads")
+    serve_fleet(layout, Wires(layout), PRIVATE, until="uploads", resume=True)
     assert all(torch.equal(embedding(layout, device_id), first[device_id]) for device_id in IDS)
     assert len(account(layout, IDS[0])) == 2
     # who knows all that the server knows, and not the secret, makes other noise
     (layout.device(IDS[0]) / "place/privacy/secret").write_bytes(bytes(32))
-    shutil.rmtree(layout.server / "run")
+    shutil.rmtree(layout.server / "run/uploads")
     shutil.rmtree(next((layout.device(IDS[0]) / "place/jobs").iterdir()) / "answers")
-    serve_fleet(layout, Wires(layout), PRIVATE, until="uploads")
+    serve_fleet(layout, Wires(layout), PRIVATE, until="uploads", resume=True)
     assert not torch.equal(embedding(layout, IDS[0]), first[IDS[0]])
     assert torch.equal(embedding(layout, IDS[1]), first[IDS[1]])
+    # another run of the same server is another release
+    shutil.rmtree(layout.server / "run")
+    serve_fleet(layout, Wires(layout), PRIVATE, until="uploads")
+    assert not torch.equal(embedding(layout, IDS[1]), first[IDS[1]])
+    assert len(account(layout, IDS[1])) == 4
 
 
 def test_a_device_answers_until_its_budget_is_spent(layout: Layout) -> None:
@@ -132,7 +137,7 @@ def test_a_device_that_wants_private_training_trains_no_other_way_and_no_further
 def test_statistics_that_single_out_a_word_are_refused_by_the_device(layout: Layout) -> None:
     serve_fleet(layout, Wires(layout), until="initial")
     config, path = server_config(layout), layout.devices()[IDS[0]]
-    sent = job.job_payload(config, layout.server / "run/data/tokenizer", load_device(path).model.name)
+    sent = job.job_payload(config, layout.server / "run", load_device(path).model.name)
     idf = torch.ones(2**15).index_fill(0, torch.tensor([123]), 20.0)
     published = {exchange.PUBLISHED + "idf": idf, exchange.PUBLISHED + "mean": torch.zeros(2**15)}
     request = job.Payload("embedding", published, {"run_seed": 0})

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import traceback
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -43,6 +44,8 @@ from deepfusion.types import Payload
 
 JOB = "job"
 """What the ledger books a job as."""
+IDENTITY = "identity"
+"""In a run folder: what tells the run from all others, to its devices."""
 _TOKENIZER = "tokenizer.json"
 _OPEN = (ConfigError, FederationError, MemoryLimitError, ModelError, PrivacyError, UploadError)
 """What is wrong with a job, a request, the device's model, limits or account: none of it comes of the text."""
@@ -70,22 +73,35 @@ class Job:
     method: Method = field(metadata={"registry": methods})
 
 
-def job_payload(config: RunConfig, tokenizer: Path, model: str) -> Payload:
+def job_payload(config: RunConfig, run: Path, model: str) -> Payload:
     """The job as it is sent to a device.
 
     Args:
-        tokenizer: folder of the run's tokenizer.
+        run: the run folder, with the run's tokenizer in it.
         model: name of the architecture that the run expects of the device.
+
+    Raises:
+        DiskError: there is no room for the run's identity.
     """
     fleet = config.devices
     job = Job(
         seed=config.seed, sequence_length=config.data.sequence_length, counted=config.data.counted, epochs=fleet.epochs,
         max_steps=fleet.max_steps, training=fleet.training, privacy=fleet.privacy, method=config.method,
     )  # fmt: skip
-    opened = open_tokenizer(tokenizer)
+    opened = open_tokenizer(run / "data" / "tokenizer")
     octets = bytearray(opened.backend_tokenizer.to_str().encode())
-    metadata = {"options": json.dumps(plain(job)), "end": str(opened.eos_token), "model": model}
+    metadata = {
+        "options": json.dumps(plain(job)), "end": str(opened.eos_token), "model": model, "run": _identity(run),
+    }  # fmt: skip
     return Payload(JOB, {_TOKENIZER: torch.frombuffer(octets, dtype=torch.uint8)}, metadata)
+
+
+def _identity(run: Path) -> str:
+    """Drawn once for a run folder: a device gives the answers of this run to no other one, whose text may have changed."""
+    path = run / IDENTITY
+    if not path.exists():
+        write_atomic(path, secrets.token_hex(16))
+    return path.read_text(encoding="utf-8")
 
 
 class Workshop:
