@@ -94,10 +94,11 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 @contextmanager
-def hold(folder: Path, **note: str) -> Generator[None]:
+def hold(folder: Path, wait: Callable[[dict[str, Any]], None] | None = None, /, **note: str) -> Generator[None]:
     """Be the one process at work on a run folder; ends with the context, and with the process in whatever way that ends.
 
     Args:
+        wait: called again and again with what `holder` tells while another one is at work on it; None is for not waiting.
         note: what `holder` tells others besides the process.
 
     Raises:
@@ -108,12 +109,14 @@ def hold(folder: Path, **note: str) -> Generator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        for _ in range(_TRIES):  # the one before may be about to end, and a look of `holder` takes a moment
-            if _lock(descriptor, fcntl.LOCK_EX):
-                break
+        tries = 0
+        while not _lock(descriptor, fcntl.LOCK_EX):
+            tries += 1
+            if wait is not None:
+                wait(_read_note(descriptor))
+            elif tries == _TRIES:  # the one before may be about to end, and a look of `holder` takes a moment
+                raise BusyError(busy(folder, _read_note(descriptor)))
             time.sleep(_PAUSE)
-        else:
-            raise BusyError(busy(folder, _read_note(descriptor)))
         with writing(folder / LOCK):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": platform.node(), **note}).encode(), 0)

@@ -4,14 +4,38 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from deepfusion.errors import FederationError
+from deepfusion import artifacts
+from deepfusion.errors import DiskError, FederationError
+from deepfusion.federation.spool import Spool
+from deepfusion.fleet import job
+from deepfusion.fleet.device_file import load_device
 from deepfusion.fleet.layout import Layout
-from fleet_world import IDS, Wires, make_fleet, result_bytes, serve_fleet
+from deepfusion.types import Payload
+from fleet_world import IDS, Wires, make_fleet, result_bytes, serve_fleet, server_config
+
+REQUEST, ANSWER = Payload("model", {"x": torch.zeros(1)}), Payload("model", {"x": torch.ones(2)})
+AT_WORK = """
+import os, signal, sys
+from pathlib import Path
+from deepfusion.artifacts import hold
+with hold(Path(sys.argv[1])):
+    print("held", flush=True)
+    if sys.argv[2] == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    sys.stdin.read()
+"""
 
 
 @pytest.fixture
@@ -58,3 +82,76 @@ def test_a_new_run_is_answered_from_the_text_as_it_is_now_and_a_resumed_one_as_b
     assert after[f"uploads/{second}.safetensors"] == before[f"uploads/{second}.safetensors"]
     kept = [path.stat().st_ino for path in layout.device(second).glob("place/jobs/*/answers/*.safetensors")]
     assert len(kept) == 2, "trained anew, to the same bytes"
+
+
+def open_shop(layout: Layout) -> job.Workshop:
+    """The first device's workshop, before it was asked anything."""
+    serve_fleet(layout, Wires(layout), until="initial")
+    path = layout.devices()[IDS[0]]
+    own = load_device(path)
+    return job.open_workshop(
+        own, path, job.job_payload(server_config(layout), layout.server / "run", own.model.name), 1
+    )
+
+
+def when_turned_away(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
+    """Do something whenever somebody finds a lock taken."""
+    lock = artifacts._lock
+
+    def told(descriptor: int, kind: int) -> bool:
+        taken = lock(descriptor, kind)
+        if not taken:
+            act()
+        return taken
+
+    monkeypatch.setattr(artifacts, "_lock", told)
+
+
+def test_of_two_clients_at_work_on_a_request_one_trains_and_both_answer(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop, turned_away = open_shop(layout), threading.Event()
+    when_turned_away(monkeypatch, turned_away.set)
+    trained: list[str] = []
+    answers: list[Payload] = []
+
+    def second() -> None:
+        answers.append(shop.answer(REQUEST, lambda: trained.append("second") or ANSWER))
+
+    other = threading.Thread(target=second)
+
+    def first() -> Payload:
+        trained.append("first")
+        other.start()
+        assert turned_away.wait(20)
+        return ANSWER
+
+    answers.append(shop.answer(REQUEST, first))
+    other.join()
+    assert trained == ["first"]
+    assert [answer.arrays["x"].tolist() for answer in answers] == [[1, 1], [1, 1]]
+
+
+@pytest.mark.parametrize("end", ["stopped", "killed"])
+def test_a_client_takes_over_from_one_that_has_died_or_was_stopped(
+    end: str, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = open_shop(layout)
+    process = subprocess.Popen(
+        [sys.executable, "-c", AT_WORK, str(shop.folder.path), end], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )  # fmt: skip
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        when_turned_away(monkeypatch, process.kill if end == "killed" else lambda: None)
+        assert shop.answer(REQUEST, lambda: ANSWER).arrays["x"].tolist() == [1, 1]
+        assert process.wait(20) == -signal.SIGKILL
+
+
+def test_what_cannot_be_put_under_its_name_is_told_like_a_full_disk(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    spool.path("a").mkdir()
+    with pytest.raises(DiskError, match=r"a\.safetensors: [\d,]+ bytes cannot be written \(Is a directory\)"):
+        spool.put("a", ANSWER)
+    assert list(tmp_path.glob(".*")) == []

@@ -80,16 +80,18 @@ class Spool:
                     file.write(part)
                 file.flush()
                 os.fsync(file.fileno())
+            os.replace(partial, final)
+            descriptor = os.open(self.folder, os.O_RDONLY)  # the new name is on the disk only with its folder
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
         except OSError as error:
             partial.unlink(missing_ok=True)  # half an upload is of no use, and others may still fit
             size = sum(len(part) for part in parts(payload))
             raise DiskError(
                 f"{final}: {size:,} bytes cannot be written ({error.strerror}); make room there and go on with --resume"
             ) from error
-        os.replace(partial, final)
-        descriptor = os.open(self.folder, os.O_RDONLY)  # the new name is on the disk only with its folder
-        os.fsync(descriptor)
-        os.close(descriptor)
         (self.folder / "rejected" / f"{device_id}.json").unlink(missing_ok=True)
 
     def reject(self, device_id: str, reason: str) -> None:

@@ -8,15 +8,16 @@ import json
 import secrets
 import traceback
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import psutil
 import torch
 
-from deepfusion.artifacts import RunFolder, file_digest, key_of, write_atomic
+from deepfusion.artifacts import LOCK, RunFolder, file_digest, hold, key_of, write_atomic
 from deepfusion.config import RunConfig
 from deepfusion.data.files import find_files
 from deepfusion.data.prepare import corpus_from_source, load_corpus, write_corpus
@@ -156,18 +157,39 @@ class Workshop:
     def answer(self, request: Payload, make: Callable[[], Payload]) -> Payload:
         """The answer to a request: the kept one where it was answered before, so that nothing is trained twice.
 
+        Where another process of the device is at work on it, its answer is waited for, or its end.
         Answers of earlier rounds go: the server asks for a round when it has done with those before.
         """
-        spool = Spool(self.folder / "answers")
         name = f"{request.round:06d}-{payload_digest(request)}"
-        if name in spool.have():
-            return spool.get(name)
-        answer = make()
-        spool.put(name, answer)
-        for old in spool.have():
-            if old.partition("-")[0] < name.partition("-")[0]:
-                spool.path(old).unlink()
-        return answer
+        with _alone(self.folder.path):
+            spool = Spool(self.folder / "answers")
+            if name in spool.have():
+                return spool.get(name)
+            answer = make()
+            spool.put(name, answer)
+            for old in spool.have():
+                if old.partition("-")[0] < name.partition("-")[0]:
+                    spool.path(old).unlink()
+            return answer
+
+
+@contextmanager
+def _alone(folder: Path) -> Generator[None]:
+    """Be the one process at work in a workshop, however long that takes: the hours of the device end whoever waits.
+
+    The server asks again when it has not heard of a client for a while, and the first one may be there still. One that was
+    stopped is ended: nobody knows whether it will ever go on, and what it has trained so far is in its checkpoint.
+    """
+    lock = str((folder / LOCK).resolve())
+
+    def end_if_stopped(note: dict[str, Any]) -> None:
+        with suppress(psutil.Error, KeyError):
+            other = psutil.Process(note["pid"])
+            if other.status() == psutil.STATUS_STOPPED and lock in (file.path for file in other.open_files()):
+                other.kill()
+
+    with hold(folder, end_if_stopped):
+        yield
 
 
 @contextmanager
@@ -211,8 +233,9 @@ def open_workshop(own: DeviceFile, path: Path, job: Payload | None, run: int) ->
         )
     name = key_of(payload_digest(job), own.model)
     folder = place / "jobs" / name
-    if not (folder / "job.json").exists():
-        _unpack(job, own, path, folder)
+    with _alone(folder):
+        if not (folder / "job.json").exists():
+            _unpack(job, own, path, folder)
     write_atomic(note, name)
     return Workshop(own, path, folder)
 
