@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from deepfusion.federation.spool import Spool
 from deepfusion.fleet import job
 from deepfusion.fleet.device_file import load_device
 from deepfusion.fleet.layout import Layout
+from deepfusion.training import Checkpoint
 from deepfusion.types import Payload
 from fleet_world import IDS, Wires, make_fleet, result_bytes, serve_fleet, server_config
 
@@ -155,3 +157,18 @@ def test_what_cannot_be_put_under_its_name_is_told_like_a_full_disk(tmp_path: Pa
     with pytest.raises(DiskError, match=r"a\.safetensors: [\d,]+ bytes cannot be written \(Is a directory\)"):
         spool.put("a", ANSWER)
     assert list(tmp_path.glob(".*")) == []
+
+
+def test_a_checkpoint_goes_when_the_answer_is_on_the_disk(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deepfusion.stages.local.Checkpoint", partial(Checkpoint, every_seconds=0.0))
+    put, seen = Spool.put, set[Path]()
+
+    def watched(spool: Spool, name: str, payload: Payload) -> None:
+        seen.update(layout.folder.glob("devices/*/place/**/training.safetensors"))
+        put(spool, name, payload)
+
+    monkeypatch.setattr(Spool, "put", watched)
+    serve_fleet(layout, Wires(layout), until="uploads")
+    assert len(seen) == len(IDS)
+    assert not any(path.exists() for path in seen)
+    assert list(layout.folder.glob("devices/*/place/jobs/*/training/*")) == []

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+import shutil
 import traceback
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
@@ -38,6 +39,7 @@ from deepfusion.federation.spool import Spool
 from deepfusion.fleet.account import Account
 from deepfusion.fleet.device_file import DeviceFile, below
 from deepfusion.methods.base import Method, methods
+from deepfusion.methods.exchange import CHECKPOINTS
 from deepfusion.schema import parse_options, plain
 from deepfusion.stages.embed import FrozenEncoder
 from deepfusion.training import Optimisation, derive_seed
@@ -140,8 +142,12 @@ class Workshop:
             memory_limit_bytes=None if gib is None else int(gib * 2**30),
             seed=derive_seed(job.seed, "device", own.id),
             releases=Account(below(self._path, own.place) / "privacy", own.id, own.privacy, context),
-            scratch=self.folder.path / "training",
+            scratch=self._scratch,
         )
+
+    @property
+    def _scratch(self) -> Path:
+        return self.folder / "training"
 
     def _text(self) -> Path:
         """The device's text as tokens, made once for the same files and templates."""
@@ -158,18 +164,19 @@ class Workshop:
         """The answer to a request: the kept one where it was answered before, so that nothing is trained twice.
 
         Where another process of the device is at work on it, its answer is waited for, or its end.
-        Answers of earlier rounds go: the server asks for a round when it has done with those before.
+        Answers of earlier rounds go: the server asks for a round when it has done with those before. So do checkpoints.
         """
         name = f"{request.round:06d}-{payload_digest(request)}"
         with _alone(self.folder.path):
             spool = Spool(self.folder / "answers")
-            if name in spool.have():
-                return spool.get(name)
-            answer = make()
-            spool.put(name, answer)
+            kept = name in spool.have()
+            answer = spool.get(name) if kept else make()
+            if not kept:
+                spool.put(name, answer)
             for old in spool.have():
                 if old.partition("-")[0] < name.partition("-")[0]:
                     spool.path(old).unlink()
+            shutil.rmtree(self._scratch / CHECKPOINTS, ignore_errors=True)
             return answer
 
 

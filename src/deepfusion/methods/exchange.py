@@ -38,6 +38,8 @@ Told = dict[str, str | int | float | bool]
 """What an answer says of a training."""
 EMBEDDING = "embedding"
 """Name of the embedding in an answer."""
+CHECKPOINTS = "checkpoints"
+"""In a device's scratch folder: of trainings that have not been answered with yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +222,7 @@ def train_here(
         label=device.id,
         first_step=first,
         penalty=penalty,
-        scratch=device.scratch / started_from if device.scratch else None,
+        scratch=device.scratch / CHECKPOINTS / started_from if device.scratch else None,
     )
     told = _told(device, model, started_from, device.corpus.num_tokens, stop - first)
     if history:
@@ -245,7 +247,7 @@ def _train_privately(device: Device, model: PreTrainedModel, privacy: PrivacyOpt
         optimisation=training,
         seed=device.seed,
         label=device.id,
-        scratch=device.scratch / started_from if device.scratch else None,
+        scratch=device.scratch / CHECKPOINTS / started_from if device.scratch else None,
     )
     told = _told(device, model, started_from, documents * length, steps)
     return {
