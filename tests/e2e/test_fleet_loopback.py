@@ -106,6 +106,7 @@ def test_registering_again_changes_nothing_and_a_key_that_is_gone_is_shut_out_un
     key.write_text(text)
     with pytest.raises(FederationError, match="device-001: the SuperLink has shut its key out; restart the SuperLink"):
         commands.register(link.server)
+    assert link.server.nodes() == left
     link.link.end()
     link.start_link()
     after = link.server.nodes()

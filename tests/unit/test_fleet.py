@@ -12,10 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 from cryptography import x509
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.supercore.constant import NodeStatus
 from rich.console import Console
 
 from deepfusion.config import parse_config
 from deepfusion.errors import ConfigError, FederationError, ResumeError
+from deepfusion.federation import admission
 from deepfusion.federation.admission import admit
 from deepfusion.federation.apart import PulledApart
 from deepfusion.federation.roll import ROLL, Roll
@@ -142,6 +145,35 @@ def test_keys_that_flower_cannot_use_are_all_named_before_anybody_is_called(tmp_
     assert "c.pub: not a key for Flower" in other
     assert "d.pub: not a key for Flower" in none
     assert "ssh-keygen -t ecdsa -b 384" in none
+
+
+class Control:
+    """A SuperLink that has shut one key out; it is asked by `admit`."""
+
+    def __init__(self, shut_out: bytes) -> None:
+        self.nodes = [NodeInfo(node_id=7, public_key=shut_out, status=NodeStatus.UNREGISTERED)]
+
+    def ListNodes(self, request: object) -> SimpleNamespace:
+        return SimpleNamespace(nodes_info=self.nodes)
+
+    def RegisterNode(self, request: object) -> SimpleNamespace:
+        self.nodes.append(NodeInfo(node_id=8, public_key=request.public_key, status=NodeStatus.REGISTERED))
+        return SimpleNamespace(node_id=8)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def test_a_key_that_was_shut_out_keeps_no_other_device_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text(tmp_path / "text")
+    server = open_server(make_fleet(tmp_path / "text", tmp_path / "trial").server)
+    server.public_keys()["device-002"].unlink()
+    shut_out = admission._read(server.public_keys())["device-000"]
+    made = SimpleNamespace(from_server_address=lambda *_, **__: Control(shut_out))
+    monkeypatch.setattr(admission, "ControlHttpClient", made)
+    with pytest.raises(FederationError, match="device device-000: the SuperLink has shut its key out; restart"):
+        commands.register(server)
+    assert server.nodes() == {"device-001": 8}
 
 
 def test_a_fault_counts_only_where_it_has_been_done_to_something() -> None:

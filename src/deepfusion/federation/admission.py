@@ -20,8 +20,8 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes, uses_nist_
 from deepfusion.errors import ConfigError, FederationError
 
 
-def admit(address: str, ca: Path, keys: Mapping[str, Path]) -> dict[str, int]:
-    """Have the SuperLink admit these public keys and no others; returns the node id of each device that is in now.
+def admit(address: str, ca: Path, keys: Mapping[str, Path]) -> tuple[dict[str, int], list[str]]:
+    """Have the SuperLink admit these public keys and no others.
 
     What it knows already stays as it is, so that this can be done at any time, also while a run goes on.
 
@@ -30,9 +30,13 @@ def admit(address: str, ca: Path, keys: Mapping[str, Path]) -> dict[str, int]:
         ca: the certificate that its own is signed by.
         keys: the file of each device's public key, by device id.
 
+    Returns:
+        The node id of each device that is in now; and the devices whose key the SuperLink has shut out before, which it takes
+        back after a restart only.
+
     Raises:
         ConfigError: a file is no public key that Flower can use, or one key is given to two devices.
-        FederationError: the SuperLink cannot be reached; or it has shut a key out, which it takes back after a restart only.
+        FederationError: the SuperLink cannot be reached.
     """
     wanted = _read(keys)
     client = ControlHttpClient.from_server_address(
@@ -44,14 +48,17 @@ def admit(address: str, ca: Path, keys: Mapping[str, Path]) -> dict[str, int]:
         for public, node in known.items():
             if public not in wanted.values() and node.status != NodeStatus.UNREGISTERED:
                 _shut_out(client, node)
-        return {device_id: _node_id(client, device_id, public, known) for device_id, public in wanted.items()}
+        found = {device_id: _node_id(client, public, known) for device_id, public in wanted.items()}
     except httpx.HTTPError as error:
         raise FederationError(f"{address}: {error}; is the SuperLink running? (deepfusion fleet link)") from error
     finally:
         client.close()
+    nodes = {device_id: node for device_id, node in found.items() if node is not None}
+    return nodes, [device_id for device_id in found if device_id not in nodes]
 
 
-def _node_id(client: ControlHttpClient, device_id: str, public: bytes, known: Mapping[bytes, NodeInfo]) -> int:
+def _node_id(client: ControlHttpClient, public: bytes, known: Mapping[bytes, NodeInfo]) -> int | None:
+    """The node id of a key; None where the SuperLink has shut it out."""
     node = known.get(public)
     if node is None:
         try:
@@ -60,11 +67,7 @@ def _node_id(client: ControlHttpClient, device_id: str, public: bytes, known: Ma
             node = _known(client).get(public)
             if node is None:
                 raise
-    if node.status == NodeStatus.UNREGISTERED:
-        raise FederationError(
-            f"device {device_id}: the SuperLink has shut its key out; restart the SuperLink to take it back"
-        )
-    return int(node.node_id)
+    return None if node.status == NodeStatus.UNREGISTERED else int(node.node_id)
 
 
 def _known(client: ControlHttpClient) -> dict[bytes, NodeInfo]:

@@ -78,13 +78,17 @@ def register(server: Server) -> dict[str, int]:
 
     Raises:
         ConfigError: a key is none.
-        FederationError: there is none, the SuperLink cannot be reached, or has shut one out.
+        FederationError: there is none, the SuperLink cannot be reached, or has shut one out; the others are in, and noted.
     """
     keys = server.public_keys()
     if not keys:
         raise FederationError(f"{server.path(server.file.keys)}: no public key of a device; put <id>.pub there")
-    nodes = admit(server.address, server.path(server.file.ca), keys)
+    nodes, shut_out = admit(server.address, server.path(server.file.ca), keys)
     server.note_nodes(nodes)
+    if shut_out:
+        raise FederationError(
+            f"device {', '.join(shut_out)}: the SuperLink has shut its key out; restart the SuperLink to take it back"
+        )
     return nodes
 
 
