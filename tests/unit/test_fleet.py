@@ -17,8 +17,8 @@ from flwr.supercore.constant import NodeStatus
 from rich.console import Console
 
 from deepfusion.config import parse_config
-from deepfusion.errors import ConfigError, FederationError, ResumeError
-from deepfusion.federation import admission
+from deepfusion.errors import ConfigError, DiskError, FederationError, ResumeError
+from deepfusion.federation import admission, roll
 from deepfusion.federation.admission import admit
 from deepfusion.federation.apart import PulledApart
 from deepfusion.federation.roll import ROLL, Roll
@@ -268,6 +268,31 @@ def test_a_superlink_that_does_not_answer_is_told(gone: str, tmp_path: Path, mon
     console = Console(file=io.StringIO(), width=200)
     console.print(status_table(status))
     assert "the SuperLink has not answered for" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_full_disk_for_a_while_does_not_end_the_roll(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roll, "_EVERY", 0.01)
+    write, tried, written = roll.write_atomic, threading.Event(), threading.Event()
+
+    def full_once(path: Path, data: str) -> None:
+        if not tried.is_set():
+            tried.set()
+            raise DiskError("no room")
+        write(path, data)
+        written.set()
+
+    watched = Roll(tmp_path / ROLL, lambda: {"a": 1})
+    monkeypatch.setattr(roll, "write_atomic", full_once)
+    over = threading.Event()
+
+    def no_answer() -> list[int]:
+        over.wait()
+        return []
+
+    with watched.watching(no_answer):
+        assert tried.wait(20)
+        assert written.wait(20), "the writer goes on"
+        over.set()
 
 
 def test_the_status_is_what_the_server_last_saw(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from deepfusion.artifacts import write_atomic
-from deepfusion.errors import ResumeError
+from deepfusion.errors import DiskError, ResumeError
 from deepfusion.federation.beside import beside
 
 ROLL = "roll.json"
@@ -84,7 +84,7 @@ class Roll:
 
         def write(over: threading.Event) -> None:
             while not over.wait(_EVERY):
-                with self._lock:
+                with suppress(DiskError, OSError), self._lock:  # there may be room again
                     self._write()
 
         with beside(watch, "roll", patience=_EVERY), beside(write, "roll's writer"):
