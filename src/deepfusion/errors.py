@@ -6,6 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def printable(said: str) -> str:
+    """Somebody else's words without what would steer a terminal; lines stay lines."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in said)
+
+
 class DeepFusionError(Exception):
     """Base of all errors that deepfusion raises on purpose. Catch this one to catch them all."""
 

@@ -13,6 +13,7 @@ import pytest
 from deepfusion import cli
 from deepfusion.app import launch
 from deepfusion.artifacts import hold, holder
+from deepfusion.cli.shared import escape, out, say
 from deepfusion.config import parse_config
 from deepfusion.errors import BusyError, ConfigError, DeepFusionError, DiskError, FederationError, ResumeError
 from deepfusion.fleet.outcome import Outcome
@@ -122,3 +123,26 @@ def test_the_end_of_a_run_needs_no_more_room_than_its_beginning(tmp_path: Path) 
     for number in range(60):
         Outcome(tmp_path / f"{number}.json").reserve()
     assert len(list(tmp_path.glob("*.json"))) == 50
+
+
+HOSTILE = "device a: \\[/x] [/red] \x1b[2J\x9b2J \u202e[red]gone\\"
+"""What a device may say of its failure: markup that closes nothing, and what clears a screen or turns writing round."""
+SHOWN = "device a: \\[/x] [/red]  [2J 2J  [red]gone\\"
+
+
+def test_no_word_of_a_device_steers_the_terminal_or_breaks_the_report_of_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails() -> None:
+        raise FederationError(f"{HOSTILE}\nsecond line")
+
+    monkeypatch.setattr(cli, "app", fails)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 75
+    lines = [line.strip("│ ") for line in capsys.readouterr().err.splitlines()]
+    assert lines[1:3] == [SHOWN, "second line"]
+    say(HOSTILE, "dim")
+    assert capsys.readouterr().err == SHOWN + "\n"
+    out.print(f"[bold]{escape(HOSTILE)}[/bold]")
+    assert capsys.readouterr().out == SHOWN + "\n"

@@ -8,10 +8,11 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 from rich.panel import Panel
+from rich.text import Text
 
 from deepfusion.cli import fleet, market, market_service, models, profiles, runs
-from deepfusion.cli.shared import app, err, escape
-from deepfusion.errors import BusyError, ConfigError, DeepFusionError, DiskError, FederationError
+from deepfusion.cli.shared import app, err, say
+from deepfusion.errors import BusyError, ConfigError, DeepFusionError, DiskError, FederationError, printable
 
 __all__ = ["app", "fleet", "main", "market", "market_service", "models", "profiles", "runs"]
 
@@ -30,15 +31,12 @@ def _errors_with_a_cure() -> Generator[None]:
     try:
         yield
     except DeepFusionError as error:
-        err.print(
-            Panel(
-                escape(str(error)), title=f"[red]{type(error).__name__}[/red]", title_align="left", border_style="red"
-            )
-        )
+        said, title = Text(printable(str(error))), f"[red]{type(error).__name__}[/red]"
+        err.print(Panel(said, title=title, title_align="left", border_style="red"))
         raise SystemExit(_exit_code(error)) from None
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer has caught the KeyboardInterrupt and says nothing
-            err.print("Interrupted. Finished stages are kept; go on with --resume.")
+            say("Interrupted. Finished stages are kept; go on with --resume.")
         raise
 
 

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from rich.live import Live
 
-from deepfusion.cli.shared import AsJson, Overrides, Seed, app, err, examples, out, show, show_run
+from deepfusion.cli.shared import AsJson, Overrides, Seed, app, err, examples, out, say, show, show_run
 
 fleet = typer.Typer(help="A fleet of real machines: SuperLink, SuperNodes, TLS, registered keys.", no_args_is_help=True)
 app.add_typer(fleet, name="fleet")
@@ -93,7 +93,7 @@ def register(server: ServerFolder, as_json: AsJson = False) -> None:
     from deepfusion.fleet.supervise import wait_for
 
     opened = open_server(server)
-    wait_for(opened, lambda: True, opened.home, note=err.print)
+    wait_for(opened, lambda: True, opened.home, note=say)
     nodes = register_keys(opened)
     show({"nodes": nodes}, as_json, f"{len(nodes)} devices may join: {', '.join(nodes)}")
 
@@ -116,7 +116,7 @@ def run(server: ServerFolder, until: Until = None, resume: Resume = False, as_js
     opened = open_server(server)
     folder = opened.path(opened.file.run)
     with _watch(folder, as_json) as tick:
-        run_on(opened, resume=resume, until=until, tick=tick, note=err.print)
+        run_on(opened, resume=resume, until=until, tick=tick, note=say)
     _show_run(folder, as_json)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from deepfusion.cli.shared import AsJson, ConfigPath, Overrides, Seed, app, err, escape, examples, out
+from deepfusion.cli.shared import AsJson, ConfigPath, Overrides, Seed, app, err, escape, examples, out, say
 
 if TYPE_CHECKING:  # --help need not wait for it
     from deepfusion.market.ledger import Ledger
@@ -106,8 +106,8 @@ def clear(
     _show_slot(written.result, mode)
     out.print(f"Ledger  [bold]{path}[/bold]   (deepfusion market audit {path})")
     if seed_file is None:
-        err.print("[dim]The seed was drawn just now: an audit cannot tell whether it was chosen to suit the bids. "
-                  "Begin with `deepfusion market open`.[/dim]")  # fmt: skip
+        say("The seed was drawn just now: an audit cannot tell whether it was chosen to suit the bids. "
+            "Begin with `deepfusion market open`.", "dim")  # fmt: skip
 
 
 def _show_slot(result: dict[str, Any], mode: str) -> None:

@@ -6,13 +6,27 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from deepfusion.cli.shared import AsJson, ConfigPath, Overrides, Seed, app, err, escape, examples, out, show, show_run
+from deepfusion.cli.shared import (
+    AsJson,
+    ConfigPath,
+    Overrides,
+    Seed,
+    app,
+    err,
+    escape,
+    examples,
+    out,
+    say,
+    show,
+    show_run,
+)
 
 if TYPE_CHECKING:  # --help need not wait for it
     from deepfusion.config import RunConfig
@@ -72,9 +86,9 @@ def _tell_changes(folder: Path, settings: RunConfig) -> None:
 
     with suppress(ConfigError):  # there is none yet, or it is an older version's
         if changes := differences(load_config(folder / "config.toml"), settings):
-            err.print(f"Changed since {folder} was begun; what depends on it is done again:")
+            say(f"Changed since {folder} was begun; what depends on it is done again:")
             for change in changes:
-                err.print(f"  {escape(change)}", highlight=False)
+                say(f"  {change}")
 
 
 @app.command(epilog=examples("deepfusion plan configs/benchmark.toml", "deepfusion plan configs/medical.toml --json"))
@@ -90,7 +104,7 @@ def plan(config: ConfigPath, seed: Seed = None, overrides: Overrides = None, as_
     for table in plan_tables(result):
         out.print(table)
     for missing in result.missing_text:
-        err.print(f"[yellow]Not there yet:[/yellow] {escape(missing)}", highlight=False, soft_wrap=True)
+        say(f"Not there yet: {missing}", "yellow")
 
 
 @app.command(
@@ -121,9 +135,7 @@ def compare(
     folder = out_dir or Path("runs") / f"{settings.name}-compare"
     names = [name.strip() for name in methods.split(",") if name.strip()]
 
-    def note(sentence: str) -> None:
-        err.print(f"[dim]{escape(sentence)}[/dim]")
-
+    note = partial(say, style="dim")
     with bars(err) as progress:
         found = compare_methods(settings, names, _numbers(seeds), folder, progress=progress, note=note)
     if as_json:

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import markup
 from rich.console import Console
+from rich.text import Text
 
 from deepfusion import __version__
+from deepfusion.errors import printable
 
 if TYPE_CHECKING:  # --help need not wait for it
     from deepfusion.record import Record
@@ -68,8 +71,13 @@ def examples(*lines: str) -> str:
 
 
 def escape(text: str) -> str:
-    """Text as it stands, where rich would read markup."""
-    return text.replace("[", r"\[")
+    """Text as it stands, where rich would read markup and the terminal would be steered."""
+    return markup.escape(printable(text))
+
+
+def say(sentence: str, style: str = "") -> None:
+    """Tell people something beside the result. It is shown as it stands: it may be in the words of a device."""
+    err.print(Text(printable(sentence), style), soft_wrap=True)
 
 
 def show(value: dict[str, Any], as_json: bool, text: str) -> None:

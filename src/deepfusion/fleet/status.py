@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from deepfusion.errors import printable
 from deepfusion.federation.ledger import read_rows
 from deepfusion.federation.roll import ROLL, read_roll
 from deepfusion.report.rows import size
@@ -90,11 +91,6 @@ def fleet_status(run: Path) -> FleetStatus:
     ])  # fmt: skip
 
 
-def _printable(said: str) -> str:
-    """A device's own words without what would steer the terminal."""
-    return "".join(letter if letter.isprintable() else " " for letter in said)
-
-
 def status_table(status: FleetStatus) -> Table:
     """The status for people."""
     counts = ", ".join(
@@ -112,6 +108,6 @@ def status_table(status: FleetStatus) -> Table:
         there = "-" if device.online is None else "yes" if device.online else "no"
         table.add_row(
             device.device, there, device.state, f"{device.seconds:,.0f} s", size(device.down_bytes),
-            size(device.up_bytes), Text(_printable(device.reason)[:120]),
+            size(device.up_bytes), Text(printable(device.reason)[:120]),
         )  # fmt: skip
     return table

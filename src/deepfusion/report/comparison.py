@@ -14,6 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from deepfusion.errors import printable
 from deepfusion.record import Record
 from deepfusion.report.rows import size
 from deepfusion.statistics import paired_difference
@@ -211,6 +212,6 @@ def comparison_table(found: Comparison) -> Table:
             f"{method.device_tokens:,.0f}", f"{method.server_tokens:,.0f}", f"{method.device_flops:.1e}",
             f"{method.server_flops:.1e}", f"{method.left_out:g}", style="bold" if method.name == found.main else "",
         )  # fmt: skip
-    said = [f"{escape(run)} failed: {escape(reason)}" for run, reason in found.failures.items()]
+    said = [f"{escape(run)} failed: {escape(printable(reason))}" for run, reason in found.failures.items()]
     table.caption, table.caption_justify = "\n".join(filter(None, [*said, found.caution])), "left"
     return table
