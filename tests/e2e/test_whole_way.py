@@ -21,6 +21,7 @@ import torch
 from deepfusion.app import launch
 from deepfusion.config import parse_config
 from deepfusion.errors import ConfigError, MemoryLimitError, ResumeError
+from deepfusion.methods import DeepFusion
 from deepfusion.record import Record
 from small_world import small_tree
 
@@ -218,6 +219,49 @@ def killed_and_resumed(root: Path, folder: Path, kills: int, seed: int) -> None:
 def test_a_killed_run_goes_on_to_the_same_bytes(run: tuple[Path, Record], root: Path, tmp_path: Path) -> None:
     killed_and_resumed(root, tmp_path / "run", kills=1, seed=1)
     assert digests(tmp_path / "run") == digests(run[0])
+
+
+KILLED_AFTER_EACH_STAGE = """
+import os, signal, sys
+from pathlib import Path
+import deepfusion.app, deepfusion.run
+from deepfusion.config import load_config
+from deepfusion.methods.base import Site
+
+config, folder, *stages = sys.argv[1:]
+reached, settings = Site.reached, load_config(Path(config))
+for stage in stages:  # a process each, forked from this one, which has imported everything
+
+    def dies(site, name):
+        reached(site, name)
+        if name == stage:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if not child:
+        Site.reached = dies
+        deepfusion.app.launch(settings, folder, resume=True)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (stage, status)
+deepfusion.app.launch(settings, folder, resume=True)
+"""
+
+
+def test_a_run_that_is_killed_after_each_of_its_stages_ends_with_the_same_bytes_and_asks_nobody_twice(
+    run: tuple[Path, Record], root: Path, tmp_path: Path
+) -> None:
+    stages = [
+        stage for stage in DeepFusion.stages if stage not in ("generated", "tuned", "rounds")
+    ]  # of other configurations
+    quick = dict.fromkeys(("public_only", "devices", "proxies", "students"), False)
+    (config := tmp_path / "run.toml").write_text(tomli_w.dumps(small_tree(root, evaluate=quick)))
+    command = [sys.executable, "-c", KILLED_AFTER_EACH_STAGE, str(config), str(tmp_path / "run"), *stages]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    due = {name: digest for name, digest in digests(run[0]).items() if not name.startswith("reference")}
+    assert digests(tmp_path / "run") == due
+    assert Record.load(tmp_path / "run/record.json").ledger == run[1].ledger
 
 
 @pytest.mark.slow
