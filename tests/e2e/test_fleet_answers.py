@@ -18,14 +18,18 @@ import pytest
 import torch
 
 from deepfusion import artifacts
+from deepfusion.app import launch
+from deepfusion.config import parse_config
 from deepfusion.errors import DiskError, FederationError
+from deepfusion.federation.ledger import read_rows
 from deepfusion.federation.spool import Spool
 from deepfusion.fleet import job
 from deepfusion.fleet.device_file import load_device
 from deepfusion.fleet.layout import Layout
+from deepfusion.methods.gathering import ASKED
 from deepfusion.training import Checkpoint
 from deepfusion.types import Payload
-from fleet_world import IDS, Wires, make_fleet, result_bytes, serve_fleet, server_config
+from fleet_world import IDS, Wires, fleet_tree, make_fleet, result_bytes, serve_fleet, server_config
 
 REQUEST, ANSWER = Payload("model", {"x": torch.zeros(1)}), Payload("model", {"x": torch.ones(2)})
 AT_WORK = """
@@ -172,3 +176,28 @@ def test_a_checkpoint_goes_when_the_answer_is_on_the_disk(layout: Layout, monkey
     assert len(seen) == len(IDS)
     assert not any(path.exists() for path in seen)
     assert list(layout.folder.glob("devices/*/place/jobs/*/training/*")) == []
+
+
+def test_medoids_of_a_fleet_send_small_models_and_end_with_the_bytes_of_one_machine(
+    layout: Layout, root: Path, tmp_path: Path
+) -> None:
+    upload = {"format": "nf4", "select": "medoids", "medoids": 1}
+    tree = {**fleet_tree(root, upload=upload), "cluster": {"type": "kmeans", "num_clusters": 1}}
+    launch(parse_config(tree), tmp_path / "local")
+    wires = Wires(layout)
+    changes = [f"upload.{key}={value}" for key, value in upload.items()]
+    record = serve_fleet(layout, wires, "cluster.num_clusters=1", *changes)
+    run = layout.server / "run"
+    assert result_bytes(run) == result_bytes(tmp_path / "local")
+    asked = json.loads((run / ASKED).read_text())
+    assert 0 < len(asked) < len(IDS), "one of each architecture"
+    assert wires.asked == {device_id: 2 if device_id in asked else 1 for device_id in IDS}
+    sent = {
+        row.device: row.bytes for row in read_rows(run / "ledger.jsonl") if (row.direction, row.what) == ("up", "model")
+    }
+    assert sorted(sent) == asked
+    assert all(
+        count < 0.4 * (run / f"uploads/{device_id}.safetensors").stat().st_size for device_id, count in sent.items()
+    )
+    assert record is not None
+    assert record.failures == {}
