@@ -96,11 +96,13 @@ def test_what_init_writes_is_a_fleet_with_secrets_for_their_owners_alone(tmp_pat
     units = {path.name: path.read_text() for path in (layout.folder / "units").iterdir()}
     assert len(units) == 5
     assert all("Restart=always" in text for name, text in units.items() if "node" in name or "superlink" in name)
+    assert "Restart=on-failure\n" in units["deepfusion-run.service"]
     assert all("RestartPreventExitStatus=2 78\n" in text for text in units.values())
     assert "StartLimitIntervalSec=86400\nStartLimitBurst=20\n\n[Service]" in units["deepfusion-run.service"]
     assert "StartLimitIntervalSec=0\n\n[Service]" in units["deepfusion-node-device-001.service"]  # it never gives up
     readme = (layout.folder / "README.md").read_text()
     assert f"deepfusion fleet node {layout.device('device-001')}/device.toml" in readme
+    assert "run only where it has failed (`Restart=on-failure`)" in readme
     with pytest.raises(ConfigError, match="is not empty; choose a new folder"):
         make_fleet(tmp_path / "text", tmp_path / "trial")
     with pytest.raises(FederationError, match="no device is registered; run: deepfusion fleet register"):

@@ -96,7 +96,8 @@ On each device:
 {% endfor %}
 ## With systemd
 
-`units/` has a unit for each of these, with `Restart=always`; mend the paths, then
+`units/` has a unit for each of these: the SuperLink and the devices are started again whatever ends them (`Restart=always`), the
+run only where it has failed (`Restart=on-failure`). Mend the paths, then
 
     sudo useradd --system deepfusion
     sudo chown -R deepfusion: server          # on the server; devices/<id> on a device: who starts them must be able to read them
