@@ -29,7 +29,7 @@ import numpy as np
 from deepfusion.comparing import MAIN, document_scores
 from deepfusion.methods import methods
 from deepfusion.record import Record
-from deepfusion.report.comparison import Comparison, MethodResult, Run, compare_runs
+from deepfusion.report.comparison import INTERVAL, Comparison, MethodResult, Run, compare_runs
 from deepfusion.report.comparison_page import write_comparison
 from deepfusion.report.rows import size
 
@@ -92,7 +92,7 @@ def table(found: Comparison) -> str:
     domains = list(found.methods[0].domains)
     lines += ["", f"| perplexity in each domain | {' | '.join(domains)} |", "|---" * (len(domains) + 1) + "|"]
     lines += [f"| {m.name} | {' | '.join(m.domains[d].text(1) for d in domains)} |" for m in found.methods]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *filter(None, (INTERVAL, found.caution))])
 
 
 def _line(method: MethodResult) -> str:

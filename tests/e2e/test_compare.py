@@ -17,7 +17,8 @@ from deepfusion.errors import ConfigError
 from deepfusion.methods import Centralised, DeepFusion, FedAvg, FedMkt, OfaKd, methods
 from deepfusion.methods.selective import SelectiveRounds
 from deepfusion.record import Record
-from deepfusion.report.comparison import Comparison, Gap
+from deepfusion.report.comparison import Comparison, Gap, Run, compare_runs, comparison_table
+from deepfusion.report.comparison_page import lead
 from deepfusion.run import shapes_of
 from deepfusion.stages.cluster.kmeans import KMeans
 from small_world import small_tree, write_text
@@ -143,6 +144,23 @@ def test_a_claim_needs_an_interval_without_zero() -> None:
         Gap(mean=0, low=low, high=high, seeds=3).verdict for low, high in ((0.1, 0.3), (-0.3, -0.1), (-0.1, 0.1))
     ]
     assert verdicts == ["worse", "better", "no difference shown"]
+    assert Gap(mean=0.2, low=0.1, high=0.3, seeds=1).verdict == "one seed"
+
+
+def test_what_one_seed_leaves_open_is_said(compared: tuple[Path, Comparison]) -> None:
+    out, found = compared
+    runs = [
+        Run(Record.load(folder / "record.json"), folder, document_scores(folder))
+        for folder in (out / "deepfusion" / "seed-0", out / "fedavg" / "seed-0")
+    ]
+    alone = compare_runs(runs, {}, main="deepfusion")
+    assert "Only one seed of fedavg beside deepfusion: the interval is over test documents alone" in alone.caution
+    assert [method.gap.verdict for method in alone.methods if method.gap] == ["one seed"]
+    assert "better" not in lead(alone)
+    assert "worse" not in lead(alone)
+    assert "Only one seed" not in found.caution
+    for said in (str(comparison_table(found).caption), (out / "compare.html").read_text(encoding="utf-8")):
+        assert "the mean over seeds: where it would lie with other seeds and other test documents" in said
 
 
 def test_the_page_stands_alone_and_shows_every_method(compared: tuple[Path, Comparison]) -> None:

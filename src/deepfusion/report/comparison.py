@@ -21,6 +21,11 @@ from deepfusion.statistics import paired_difference
 
 CLAIM = 3
 """Seeds that a claim needs."""
+INTERVAL = (
+    "The 95% interval is of the mean over seeds: where it would lie with other seeds and other test documents; "
+    "with one seed, with other test documents alone."
+)
+"""What the bounds of a `Gap` say."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,11 @@ class Spread(_Part):
 
 
 class Gap(_Part):
-    """Log-perplexity above the main method's, in nats a token: paired bootstrap over seeds and documents, 95%."""
+    """Log-perplexity above the main method's, in nats a token, and its 95% interval (`paired_difference`).
+
+    Attributes:
+        seeds: those that both methods have; with one, the interval is over test documents alone.
+    """
 
     mean: float
     low: float
@@ -66,7 +75,9 @@ class Gap(_Part):
 
     @property
     def verdict(self) -> str:
-        """A claim only where the interval excludes zero."""
+        """A claim only where the interval is over seeds and excludes zero."""
+        if self.seeds < 2:
+            return "one seed"
         return "worse" if self.low > 0 else "better" if self.high < 0 else "no difference shown"
 
 
@@ -117,10 +128,18 @@ class Comparison(_Part):
 
     @property
     def caution(self) -> str:
-        """Whose numbers are no claim yet; empty when every method has three seeds."""
+        """Whose numbers are no claim yet; empty when every method has three seeds, and shares two with the main one."""
         few = [method.name for method in self.methods if len(method.seeds) < CLAIM]
-        said = f"Fewer than {CLAIM} seeds of {', '.join(few)}: differences are of these runs only, and no claim."
-        return said if few else ""
+        alone = [method.name for method in self.methods if method.gap and method.gap.seeds < 2]
+        said: list[str] = []
+        if few:
+            said += [f"Fewer than {CLAIM} seeds of {', '.join(few)}: differences are of these runs only, and no claim."]
+        if alone:
+            said += [
+                f"Only one seed of {', '.join(alone)} beside {self.main}: the interval is over test documents alone, and no "
+                "verdict is given, because one run does not tell how far another seed would move it."
+            ]
+        return " ".join(said)
 
 
 def compare_runs(runs: Sequence[Run], failures: Mapping[str, str], *, main: str) -> Comparison:
@@ -213,5 +232,5 @@ def comparison_table(found: Comparison) -> Table:
             f"{method.server_flops:.1e}", f"{method.left_out:g}", style="bold" if method.name == found.main else "",
         )  # fmt: skip
     said = [f"{escape(run)} failed: {escape(printable(reason))}" for run, reason in found.failures.items()]
-    table.caption, table.caption_justify = "\n".join(filter(None, [*said, found.caution])), "left"
+    table.caption, table.caption_justify = "\n".join(filter(None, [*said, INTERVAL, found.caution])), "left"
     return table

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from deepfusion.artifacts import write_atomic
 from deepfusion.report import charts
-from deepfusion.report.comparison import Comparison, MethodResult
+from deepfusion.report.comparison import INTERVAL, Comparison, MethodResult
 from deepfusion.report.render import render
 from deepfusion.report.rows import size
 
@@ -30,6 +30,7 @@ def write_comparison(found: Comparison, path: Path) -> None:
         title="Comparison of methods",
         lead=lead(found),
         main=found.main,
+        interval=INTERVAL,
         caution=found.caution,
         tokens=f"{found.test_tokens:,}",
         methods=found.methods,
