@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,13 @@ from deepfusion.moe.base import EXPERT, ROUTER
 from deepfusion.moe.hosting import part, pieces, put_back, with_experts
 from deepfusion.record import Record
 from deepfusion.run import CONFIG, make_device
+from deepfusion.stages.embed import HashedTfidf
 from deepfusion.stages.preference import gate_preference
 from deepfusion.stages.proxy import MODEL
 from deepfusion.state_dicts import average_present, distinct_state
 from deepfusion.types import Payload, State
 from small_world import rounds_tree
+from wire_world import ASKED, TOLD, Seen, check_ledger, tapped
 
 
 def tree_of(root: Path, method: str = "fedjets", **changes: Any) -> dict[str, Any]:
@@ -37,36 +40,46 @@ def tree_of(root: Path, method: str = "fedjets", **changes: Any) -> dict[str, An
 
 
 @pytest.fixture(scope="module")
-def run(root: Path) -> tuple[Path, Record]:
+def seen() -> Iterator[Seen]:
+    with tapped() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def run(root: Path, seen: Seen) -> tuple[Path, Record]:
     record = launch(parse_config(tree_of(root)), root / "fedjets")
     assert record is not None
     return root / "fedjets", record
 
 
-def test_the_ledger_is_the_closed_form(run: tuple[Path, Record]) -> None:
+def test_the_ledger_is_the_closed_form(run: tuple[Path, Record], seen: Seen) -> None:
     """Once M_0 down and an embedding up; each round G down, E numbers up, and S + G + K_d X both ways."""
     folder, record = run
     state = distinct_state(models.load(folder / "rounds" / "0"))
-    numel = Counter[str]()
-    for name, tensor in state.items():
-        numel["X" if EXPERT.search(name) else "G" if ROUTER.search(name) else "S"] += tensor.numel()
-    experts, common = (
-        4,
-        sum(t.numel() for t in distinct_state(models.load(folder / "reference" / "trained" / "0")).values()),
-    )
-    hosted = numel["S"] + numel["G"] + 2 * numel["X"] // experts
-    due = {("down", "gate"): 4 * numel["G"], ("up", "preference"): 4 * experts, ("up", "embedding"): 2 * 64,
-           ("down", "moe"): 4 * hosted, ("up", "moe"): 4 * hosted}  # fmt: skip
-    rows = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
-    for row in rows:
-        if row["what"] != "init":  # M_0 beside the statistics of the public text
-            header = row["bytes"] - due[row["direction"], row["what"]]
-            assert 0 < header < 12_000, row
-        else:
-            assert row["bytes"] > 4 * common
+    hosted = {MODEL + n: t[:2] if EXPERT.search(n) else t for n, t in state.items()}  # S, G, and two of four experts
+    common = distinct_state(models.load(folder / "reference" / "trained" / "0"))
+    statistics = torch.zeros(2 ** HashedTfidf().hash_bits, dtype=torch.float16)
+    due: dict[tuple[str, str], State] = {
+        ("down", "init"): {
+            **{MODEL + name: tensor for name, tensor in common.items()},
+            **{f"published/{name}": statistics for name in ("idf", "mean")},
+        },
+        ("up", "embedding"): {"embedding": torch.zeros(64, dtype=torch.float16)},
+        ("down", "gate"): {name: tensor for name, tensor in state.items() if ROUTER.search(name)},
+        ("up", "preference"): {"preference": torch.zeros(4)},
+        ("down", "moe"): hosted,
+        ("up", "moe"): hosted,
+    }
+    says = {
+        ("down", "init"): {"config", "run_seed"}, ("up", "embedding"): {"device"},
+        ("down", "gate"): set[str](), ("up", "preference"): {"device"},
+        ("down", "moe"): {*ASKED, "anchor", "hosted"}, ("up", "moe"): TOLD,
+    }  # fmt: skip
+    rows = check_ledger(folder, seen, lambda row: due[row["direction"], row["what"]], says)
     devices = len(record.devices)
     counts = Counter((row["direction"], row["what"]) for row in rows)
     assert counts == {**dict.fromkeys(due, 2 * devices), ("up", "embedding"): devices, ("down", "init"): devices}
+    assert sum(row["bytes"] for row in rows) == record.ledger.total_bytes
     assert record.devices[0].parameters < sum(t.numel() for t in state.values()), "a device holds two of four experts"
 
 

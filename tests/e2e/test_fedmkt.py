@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,11 @@ from deepfusion.methods.rounds import read_round
 from deepfusion.record import Record
 from deepfusion.run import CONFIG, make_device
 from deepfusion.stages.mutual import predict
-from deepfusion.types import Payload
+from deepfusion.stages.proxy import MODEL
+from deepfusion.state_dicts import distinct_state
+from deepfusion.types import Payload, State
 from small_world import rounds_tree
+from wire_world import TOLD, Seen, check_ledger, tapped
 
 SEQUENCES, KEPT, LENGTH = 12, 16, 32
 
@@ -38,7 +42,13 @@ def tree_of(root: Path, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def run(root: Path) -> tuple[Path, Record]:
+def seen() -> Iterator[Seen]:
+    with tapped() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def run(root: Path, seen: Seen) -> tuple[Path, Record]:
     record = launch(parse_config(tree_of(root)), root / "run")
     assert record is not None
     return root / "run", record
@@ -48,17 +58,37 @@ def ledger(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
 
 
-def test_the_ledger_is_the_closed_form(run: tuple[Path, Record]) -> None:
+def test_the_ledger_is_the_closed_form(run: tuple[Path, Record], seen: Seen) -> None:
     """Q both ways each round: positions times kept logits times (value + index), and a loss a row; the text down besides."""
     folder, record = run
-    predictions = SEQUENCES * LENGTH * KEPT * (2 + 2) + SEQUENCES * 4
-    due = {("down", "logits"): predictions + SEQUENCES * LENGTH * (2 + 1 + 1), ("up", "logits"): predictions}
-    for row in ledger(folder):
-        if row["what"] == "logits":
-            assert 0 < row["bytes"] - due[row["direction"], row["what"]] < 1_500, row
-    counts = Counter((row["direction"], row["what"]) for row in ledger(folder))
-    devices = len(record.devices)
-    assert counts == {**dict.fromkeys(due, 2 * devices), ("down", "init"): devices, ("up", "ready"): devices}
+    positions = (SEQUENCES, LENGTH)
+    predictions = {
+        "value": torch.zeros(*positions, KEPT, dtype=torch.float16),
+        "index": torch.zeros(*positions, KEPT, dtype=torch.int16),
+        "loss": torch.zeros(SEQUENCES),
+    }
+    masks = {name: torch.zeros(positions, dtype=torch.bool) for name in ("counted", "valid")}
+    text = {"input_ids": torch.zeros(positions, dtype=torch.int16), **masks}
+    first = {name: models.load(Path(path)) for name, path in json.loads((folder / "initial.json").read_text()).items()}
+    architecture = {device.id: device.architecture for device in record.devices}
+
+    def due(row: dict[str, Any]) -> State:
+        if row["what"] == "init":
+            return {MODEL + name: t for name, t in distinct_state(first[architecture[row["device"]]]).items()}
+        return {("down", "logits"): predictions | text, ("up", "logits"): predictions}.get(
+            (row["direction"], row["what"]), {}
+        )
+
+    says = {
+        ("down", "init"): {"eos_id", "run", "run_seed", "seed", "vocab_size"}, ("up", "ready"): {"device"},
+        ("down", "logits"): {"architecture", "init_id", "parts", "run"}, ("up", "logits"): TOLD,
+    }  # fmt: skip
+    rows = check_ledger(folder, seen, due, says)
+    assert sum(t.nbytes for t in predictions.values()) == SEQUENCES * LENGTH * KEPT * (2 + 2) + SEQUENCES * 4, "Q"
+    counts, devices = Counter((row["direction"], row["what"]) for row in rows), len(record.devices)
+    assert counts == {("down", "init"): devices, ("up", "ready"): devices,
+                      ("down", "logits"): 2 * devices, ("up", "logits"): 2 * devices}  # fmt: skip
+    assert sum(row["bytes"] for row in rows) == record.ledger.total_bytes
 
 
 def test_the_moe_learns_and_the_rounds_say_from_whom(run: tuple[Path, Record]) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from deepfusion.errors import ConfigError, ModelError, UploadError
 from deepfusion.methods import HFedMoE
 from deepfusion.methods.base import Training
 from deepfusion.methods.holding import TABLES, check_returned
-from deepfusion.methods.learning import ADAPTERS, Adapters, Everything, check_products
+from deepfusion.methods.learning import ADAPTERS, FROZEN, Adapters, Everything, check_products
 from deepfusion.methods.rounds import read_round
 from deepfusion.moe.base import ROUTER
 from deepfusion.moe.hosting import apart, expert_of, with_experts
@@ -34,22 +35,35 @@ from deepfusion.stages.proxy import MODEL
 from deepfusion.state_dicts import distinct_state
 from deepfusion.types import Payload, State
 from small_world import QUIET, WARM, rounds_tree, small_tree
+from wire_world import ASKED, TOLD, Seen, check_ledger, tapped
 
 
 def tree_of(root: Path, **changes: Any) -> dict[str, Any]:
     return rounds_tree(root, "hfedmoe", **changes)
 
 
+ALL = {(layer, expert) for layer in (0, 1) for expert in range(4)}
+SAYS = {("down", "moe"): {*ASKED, "budget", "hosted", "since"}, ("up", "moe"): {*TOLD, "routed"}}
+
+
 @pytest.fixture(scope="module")
-def run(root: Path) -> tuple[Path, Record]:
-    record = launch(parse_config(tree_of(root, threshold=0.2)), root / "full")
+def seen() -> dict[str, Seen]:
+    """What crossed the door in each of the runs below."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def run(root: Path, seen: dict[str, Seen]) -> tuple[Path, Record]:
+    with tapped() as seen["full"]:
+        record = launch(parse_config(tree_of(root, threshold=0.2)), root / "full")
     assert record is not None
     return root / "full", record
 
 
 @pytest.fixture(scope="module")
-def subset(root: Path) -> Path:
-    launch(parse_config(tree_of(root, host="subset", shares=[0.5, 1.0])), root / "subset", until="rounds")
+def subset(root: Path, seen: dict[str, Seen]) -> Path:
+    with tapped() as seen["subset"]:
+        launch(parse_config(tree_of(root, host="subset", shares=[0.5, 1.0])), root / "subset", until="rounds")
     return root / "subset"
 
 
@@ -61,27 +75,37 @@ def size(pieces: State) -> int:
     return 4 * sum(tensor.numel() for tensor in pieces.values())
 
 
+def with_experts_of(pieces: State, experts: Collection[tuple[int, int]]) -> State:
+    """S + G and these experts (layer, index), as a round's message names them."""
+    return {MODEL + n: t for n, t in pieces.items() if (at := expert_of(n)) is None or at in experts}
+
+
+def sent_back(folder: Path, seen: Seen, row: dict[str, Any], pieces: State) -> State:
+    """What is due of an answer: S + G, as many experts as the round tells (which ones, the message says), three tables."""
+    names, _ = seen[row["round"], row["device"], "up", "moe"]
+    sent = {at for name in names if (at := expert_of(name))}
+    assert len(sent) == read_round(folder / "rounds" / str(row["round"]))["devices"][row["device"]]["uploaded"]
+    return with_experts_of(pieces, sent) | {name: torch.zeros(2, 4, dtype=dtype) for name, dtype in TABLES.items()}
+
+
 def ledger(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
 
 
-def test_the_ledger_is_the_closed_form(run: tuple[Path, Record]) -> None:
+def test_the_ledger_is_the_closed_form(run: tuple[Path, Record], seen: dict[str, Seen]) -> None:
     """Down: everything, later S + G and the experts that have changed; up: S + G, the experts sent, three tables."""
     folder, record = run
     before, between = pieces_of(folder / "reference" / "merged"), pieces_of(folder / "rounds" / "0")
-    common = {name: tensor for name, tensor in between.items() if expert_of(name) is None}
-    expert = size({n: t for n, t in between.items() if expert_of(n) == (0, 0)})
-    changed = {n for n, t in between.items() if expert_of(n) is not None and not torch.equal(t, before[n])}
-    tables = sum(2 * 4 * dtype.itemsize for dtype in TABLES.values())
-    for row in ledger(folder):
-        number = row["round"]
-        uploaded = read_round(folder / "rounds" / str(number))["devices"][row["device"]]["uploaded"]
+    changed = {at for n, t in between.items() if (at := expert_of(n)) and not torch.equal(t, before[n])}
+
+    def due(row: dict[str, Any]) -> State:
         if row["direction"] == "up":
-            due = size(common) + uploaded * expert + tables
-        else:
-            due = size(between) if number == 0 else size(common) + size({n: between[n] for n in changed})
-        assert due < row["bytes"] < due + 12_000, row
-    assert len(ledger(folder)) == 2 * 2 * len(record.devices)
+            return sent_back(folder, seen["full"], row, between)
+        return with_experts_of(between, changed if row["round"] else ALL)
+
+    rows = check_ledger(folder, seen["full"], due, SAYS)
+    assert len(rows) == 2 * 2 * len(record.devices)
+    assert sum(row["bytes"] for row in rows) == record.ledger.total_bytes
 
 
 def test_what_is_sent_was_trained_and_what_was_trained_was_routed(run: tuple[Path, Record]) -> None:
@@ -115,36 +139,34 @@ def test_the_page_shows_the_rounds(run: tuple[Path, Record]) -> None:
 
 
 @pytest.fixture(scope="module")
-def adapted(root: Path) -> Path:
-    launch(parse_config(tree_of(root, threshold=0.2, adapter_rank=2)), root / "adapted", until="rounds")
+def adapted(root: Path, seen: dict[str, Seen]) -> Path:
+    with tapped() as seen["adapted"]:
+        launch(parse_config(tree_of(root, threshold=0.2, adapter_rank=2)), root / "adapted", until="rounds")
     return root / "adapted"
 
 
-def test_with_adapters_the_model_is_sent_once_and_then_adapters_and_routers(adapted: Path) -> None:
-    whole = distinct_state(models.load(adapted / "reference" / "merged"))
-    travelling = {
-        **load_file(adapted / "rounds" / "0" / ADAPTERS),
-        **{n: t for n, t in whole.items() if ROUTER.search(n)},
-    }
-    parts, routers = apart(travelling), sum(4 * t.numel() for n, t in whole.items() if ROUTER.search(n))
-    common = size({name: tensor for name, tensor in parts.items() if expert_of(name) is None})
-    expert = size({name: tensor for name, tensor in parts.items() if expert_of(name) == (0, 0)})
-    fresh = Adapters(2, 0)
-    config = models.load(adapted / "reference" / "merged").config
-    assert size(parts) == 4 * fresh.num_parameters(config) < num_parameters(config), "a quarter of the whole model"
-    tables = sum(2 * 4 * dtype.itemsize for dtype in TABLES.values())
-    for row in ledger(adapted):
-        said = read_round(adapted / "rounds" / str(row["round"]))
+def test_with_adapters_the_model_is_sent_once_and_then_adapters_and_routers(
+    adapted: Path, seen: dict[str, Seen]
+) -> None:
+    first, fresh = models.load(adapted / "reference" / "merged"), Adapters(2, 0)
+    whole = distinct_state(first)
+    before = apart(fresh.state(first, adapted / "reference" / "merged", adapted / "reference" / "merged"))
+    routers = {name: tensor for name, tensor in whole.items() if ROUTER.search(name)}
+    parts = apart({**load_file(adapted / "rounds" / "0" / ADAPTERS), **routers})
+    assert size(parts) == 4 * fresh.num_parameters(first.config) < num_parameters(first.config), (
+        "a quarter of the whole"
+    )
+    changed = {at for n, t in parts.items() if (at := expert_of(n)) and not torch.equal(t, before[n])}
+
+    def due(row: dict[str, Any]) -> State:
         if row["direction"] == "up":
-            due = common + said["devices"][row["device"]]["uploaded"] * expert + tables
-        elif row["round"] == 0:
-            due = size(whole) - routers + size(parts)
-        else:
-            sent = {n for told in read_round(adapted / "rounds" / "0")["devices"].values() for n in told["hosted"][0]}
-            due = common + len(sent) * 2 * expert
-            assert row["bytes"] <= due + 12_000, "at most what has changed"
-            continue
-        assert due < row["bytes"] < due + 16_000, row
+            return sent_back(adapted, seen["adapted"], row, parts)
+        if row["round"]:
+            return with_experts_of(parts, changed)
+        frozen = {MODEL + FROZEN + name: tensor for name, tensor in whole.items() if name not in routers}
+        return {MODEL + name: tensor for name, tensor in parts.items()} | frozen
+
+    assert len(check_ledger(adapted, seen["adapted"], due, SAYS)) == 2 * 2 * 6
 
 
 def test_with_adapters_a_round_s_model_is_the_first_one_and_their_products(adapted: Path) -> None:
@@ -180,16 +202,21 @@ def test_a_round_that_a_crash_has_lost_comes_back_the_same(root: Path) -> None:
     assert len(ledger(folder)) == rows + 2 * 6, "one round was lost"
 
 
-def test_a_device_of_half_the_experts_is_sent_half_and_later_the_ones_it_used(subset: Path) -> None:
-    whole = pieces_of(subset / "reference" / "merged")
-    common = size({name: tensor for name, tensor in whole.items() if expert_of(name) is None})
-    expert = (size(whole) - common) // 8
-    down = {(row["device"], row["round"]): row["bytes"] for row in ledger(subset) if row["direction"] == "down"}
-    said = read_round(subset / "rounds" / "0")
-    for (device, _), sent in down.items():
-        held = said["budgets"][device]
-        assert held in (4, 8)
-        assert common + held * expert < sent < common + held * expert + 12_000
+def test_a_device_of_half_the_experts_is_sent_half_and_later_the_ones_it_used(
+    subset: Path, seen: dict[str, Seen]
+) -> None:
+    whole, said = pieces_of(subset / "reference" / "merged"), read_round(subset / "rounds" / "0")
+    assert set(said["budgets"].values()) == {4, 8}
+
+    def due(row: dict[str, Any]) -> State:
+        if row["direction"] == "up":
+            return sent_back(subset, seen["subset"], row, whole)
+        hosted = read_round(subset / "rounds" / str(row["round"]))["devices"][row["device"]]["hosted"]
+        experts = {(layer, expert) for layer, row_E in enumerate(hosted) for expert in row_E}
+        assert len(experts) == said["budgets"][row["device"]]
+        return with_experts_of(whole, experts)
+
+    check_ledger(subset, seen["subset"], due, SAYS)
     later = read_round(subset / "rounds" / "1")["devices"]
     for device, told in said["devices"].items():
         assert all(value > 0 for row in told["usage"] for value in row), "over all experts, by the whole router"
@@ -198,12 +225,20 @@ def test_a_device_of_half_the_experts_is_sent_half_and_later_the_ones_it_used(su
             assert hosted == sorted(sorted(range(4), key=lambda e, row=row: (-row[e], e))[:held])
 
 
-def test_an_expert_that_nobody_sends_back_stays_as_it_was(root: Path) -> None:
-    launch(parse_config(tree_of(root, threshold=0.9)), root / "nobody", until="rounds")
+def test_an_expert_that_nobody_sends_back_stays_as_it_was_and_is_not_sent_again(root: Path) -> None:
+    with tapped() as seen:
+        launch(parse_config(tree_of(root, threshold=0.9)), root / "nobody", until="rounds")
     start, end = pieces_of(root / "nobody" / "reference" / "merged"), pieces_of(root / "nobody" / "rounds" / "1")
     for name, tensor in start.items():
         assert torch.equal(tensor, end[name]) is (expert_of(name) is not None), name
     assert read_round(root / "nobody" / "rounds" / "0")["gate_scale"] == 0, "the gate is averaged by tokens then"
+
+    def due(row: dict[str, Any]) -> State:
+        if row["direction"] == "up":
+            return sent_back(root / "nobody", seen, row, start)
+        return with_experts_of(start, set() if row["round"] else ALL)
+
+    assert len(check_ledger(root / "nobody", seen, due, SAYS)) == 2 * 2 * 6
 
 
 def test_without_threshold_and_with_every_expert_trained_the_experts_are_fedavgs(root: Path) -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +22,11 @@ from deepfusion.methods import FedAvg, exchange
 from deepfusion.record import Record
 from deepfusion.run import CONFIG, Notes, make_device, make_site
 from deepfusion.stages.local import steps_for
+from deepfusion.stages.proxy import MODEL
 from deepfusion.state_dicts import distinct_state
 from deepfusion.types import Payload
 from small_world import WARM, small_tree
+from wire_world import ASKED, TOLD, Seen, check_ledger, tapped
 
 
 def tree_of(root: Path, method: str, **changes: Any) -> dict[str, Any]:
@@ -36,19 +37,23 @@ def tree_of(root: Path, method: str, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def fedavg(root: Path) -> tuple[Path, Record]:
+def seen() -> Iterator[Seen]:
+    with tapped() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def fedavg(root: Path, seen: Seen) -> tuple[Path, Record]:
     record = launch(parse_config(tree_of(root, "fedavg", rounds=2)), root / "fedavg")
     assert record is not None
     return root / "fedavg", record
 
 
-def test_the_ledger_is_two_whole_models_a_device_and_round(fedavg: tuple[Path, Record]) -> None:
+def test_the_ledger_is_two_whole_models_a_device_and_round(fedavg: tuple[Path, Record], seen: Seen) -> None:
     folder, record = fedavg
-    numbers = 4 * sum(tensor.numel() for tensor in distinct_state(models.load(folder / "moe")).values())
-    rows = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    whole = {MODEL + name: tensor for name, tensor in distinct_state(models.load(folder / "moe")).items()}
+    rows = check_ledger(folder, seen, lambda row: whole, {("down", "moe"): ASKED, ("up", "moe"): TOLD})
     assert len(rows) == 2 * 2 * len(record.devices)
-    for row in rows:
-        assert numbers < row["bytes"] < numbers + 20_000, "the model's numbers, and a header"
     assert {row["round"] for row in rows} == {0, 1}
     assert sum(row["bytes"] for row in rows) == record.ledger.total_bytes
 

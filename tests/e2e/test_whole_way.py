@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,29 @@ import torch
 
 from deepfusion.app import launch
 from deepfusion.config import parse_config
+from deepfusion.devices import models
 from deepfusion.errors import ConfigError, MemoryLimitError, ResumeError
 from deepfusion.methods import DeepFusion
 from deepfusion.record import Record
+from deepfusion.stages.embed import HashedTfidf
+from deepfusion.stages.proxy import MODEL
+from deepfusion.state_dicts import distinct_state
+from deepfusion.types import State
 from small_world import small_tree
+from wire_world import TOLD, Seen, check_ledger, tapped
 
 RESULTS = ("uploads", "proxies", "experts", "merged", "moe", "reference/moe")
 """What must be the same bytes in every run of one configuration."""
 
 
 @pytest.fixture(scope="module")
-def run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Record]:
+def seen() -> Iterator[Seen]:
+    with tapped() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def run(root: Path, tmp_path_factory: pytest.TempPathFactory, seen: Seen) -> tuple[Path, Record]:
     folder = tmp_path_factory.mktemp("runs") / "small"
     record = launch(parse_config(small_tree(root)), folder)
     assert record is not None
@@ -96,6 +109,25 @@ def test_the_ledger_counts_the_bytes_that_lie_in_the_spool(run: tuple[Path, Reco
     ledger = record.ledger
     assert ledger.upload_bytes == sum(on_disk.values())
     assert ledger.total_bytes == ledger.upload_bytes + ledger.download_bytes + ledger.init_bytes
+
+
+def test_the_ledger_is_the_closed_form(run: tuple[Path, Record], seen: Seen) -> None:
+    """The statistics of the public text down; up one model A and 64 numbers, once."""
+    folder, record = run
+    first = {name: models.load(Path(path)) for name, path in json.loads((folder / "initial.json").read_text()).items()}
+    architecture = {device.id: device.architecture for device in record.devices}
+    statistics = torch.zeros(2 ** HashedTfidf().hash_bits, dtype=torch.float16)
+
+    def due(row: dict[str, Any]) -> State:
+        if row["direction"] == "down":
+            return {f"published/{name}": statistics for name in ("idf", "mean")}
+        model = distinct_state(first[architecture[row["device"]]])
+        return {MODEL + n: t for n, t in model.items()} | {"embedding": torch.zeros(64, dtype=torch.float16)}
+
+    says = {("down", "statistics"): {"eos_id", "run_seed", "seed", "vocab_size"}, ("up", "model"): TOLD}
+    rows = check_ledger(folder, seen, due, says)
+    assert len(rows) == 2 * len(record.devices)
+    assert sum(row["bytes"] for row in rows) == record.ledger.total_bytes
 
 
 def test_unlike_domains_are_found(run: tuple[Path, Record]) -> None:
