@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from deepfusion.report.comparison import INTERVAL
 from deepfusion.statistics import mean_and_deviation, paired_difference
 
-HEAD = """| row | seeds | test perplexity | nats | against public only | nats above main (95% interval) | validation, nats | |
+HEAD = """| row | seeds | test perplexity | nats | against public only | nats above main | validation, nats | |
 |---|---|---|---|---|---|---|---|"""
 """Perplexity over all test tokens; validation is the mean of the domains' log-perplexities."""
+FOOT = f"Differences in nats a token, with their interval; bold where several seeds' excludes zero. {INTERVAL}"
 
 
 def table(results: Path, names: list[str]) -> str:
@@ -24,7 +26,7 @@ def table(results: Path, names: list[str]) -> str:
         result = json.loads(path.read_text())
         found.setdefault(result["row"], {})[result["seed"]] = result
     lines = [_line(name, found[name], found.get("main", {})) for name in names if name in found]
-    return "\n".join([HEAD, *_references(found.get("main", {})), *lines])
+    return "\n".join([HEAD, *_references(found.get("main", {})), *lines, "", FOOT])
 
 
 def _references(mains: dict[int, dict[str, Any]]) -> list[str]:
@@ -43,9 +45,8 @@ def _references(mains: dict[int, dict[str, Any]]) -> list[str]:
         values = [main["baselines"][name] for main in mains.values() if main["baselines"].get(name)]
         if values:
             nats = [value.get("mean", value)["log_perplexity"] for value in values]
-            lines.append(
-                f"| {title} | {len(nats)} | {_perplexity(nats)} | {mean_and_deviation(nats, 3)} | | | | {about} |"
-            )
+            cells = (_perplexity(nats), mean_and_deviation(nats, 3), "", _gap(mains, mains, name.replace("_", "-")))
+            lines.append(f"| {title} | {len(nats)} | {' | '.join(cells)} | | {about} |")
     return lines
 
 
@@ -57,9 +58,9 @@ def _line(name: str, row: dict[int, dict[str, Any]], mains: dict[int, dict[str, 
         1 - math.exp(result["metrics"]["log_perplexity"] - result["baselines"]["public_only"]["log_perplexity"])
         for result in row.values() if result["baselines"].get("public_only")
     ]  # fmt: skip
-    both = sorted(row.keys() & mains.keys())
-    gap = "" if name == "main" or not both else _gap([row[seed] for seed in both], [mains[seed] for seed in both])
-    against = f"{mean_and_deviation([100 * share for share in public], 1)}% better" if public else ""
+    gap = "" if name == "main" else _gap(row, mains)
+    shares = f"{mean_and_deviation([100 * share for share in public], 1)}% better" if public else ""
+    against = ", ".join(filter(None, (shares, _gap(row, row, than="public-only"))))
     cells = (
         name,
         len(nats),
@@ -73,11 +74,22 @@ def _line(name: str, row: dict[int, dict[str, Any]], mains: dict[int, dict[str, 
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def _gap(rows: list[dict[str, Any]], mains: list[dict[str, Any]]) -> str:
-    tokens_U = np.asarray([tokens for _, tokens in rows[0]["documents"]["moe"]])
-    ours, theirs = ([np.asarray([nll for nll, _ in r["documents"]["moe"]]) for r in part] for part in (rows, mains))
-    found = paired_difference(ours, theirs, tokens_U)
-    sure = "**" if found.excludes_zero else ""
+def _gap(
+    ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]], name: str = "moe", than: str = "moe"
+) -> str:
+    """One model of ours against one of theirs, on the seeds that have both; empty where there are none."""
+    pairs = [
+        (ours[seed]["documents"][name], theirs[seed]["documents"][than])
+        for seed in sorted(ours.keys() & theirs.keys())
+        if name in ours[seed]["documents"] and than in theirs[seed]["documents"]
+    ]
+    if not pairs:
+        return ""
+    tokens_U = np.asarray([tokens for _, tokens in pairs[0][0]])
+    assert all(np.array_equal(tokens_U, [tokens for _, tokens in rows]) for pair in pairs for rows in pair)
+    nll_PSU = [[np.asarray([nll for nll, _ in rows]) for rows in side] for side in zip(*pairs, strict=True)]
+    found = paired_difference(*nll_PSU, tokens_U)
+    sure = "**" if found.excludes_zero and len(pairs) > 1 else ""
     return f"{sure}{found.mean:+.3f}{sure} ({found.low:+.3f} to {found.high:+.3f})"
 
 

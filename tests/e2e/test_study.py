@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import tomli_w
@@ -39,6 +40,33 @@ def test_every_row_is_a_valid_change_of_the_benchmark(study: ModuleType, monkeyp
     assert {config.seed for config in configs} == {0, 1}
     main, *others = (config for config, row in zip(configs, rows, strict=True) if row.seed == 0)
     assert all((other.method, other.devices) != (main.method, main.devices) for other in others)
+
+
+def result_of(seed: int, nats: dict[str, float]) -> dict[str, Any]:
+    """A result as the study writes it: two documents, every token of which costs so many nats."""
+    metrics = {"log_perplexity": nats["moe"]}
+    return {
+        "row": "main", "seed": seed, "about": "", "validation": 1.0, "metrics": metrics,
+        "baselines": {"public_only": {"log_perplexity": nats["public-only"]}, "merged": {"log_perplexity": nats["merged"]}},
+        "documents": {name: [[value * 10, 10], [value * 30, 30]] for name, value in nats.items()},
+    }  # fmt: skip
+
+
+def test_what_main_is_compared_with_has_intervals_too(study: ModuleType, tmp_path: Path) -> None:
+    def lines() -> dict[str, str]:
+        return {line.split(" | ")[0]: line for line in study.table(tmp_path, ["main"]).splitlines()}
+
+    for seed, public in enumerate((3.3, 3.4, 3.5)):
+        nats = {"moe": 3.0, "public-only": public, "merged": 3.0 + 0.1 * (seed - 1)}
+        (tmp_path / f"main-seed-{seed}.json").write_text(json.dumps(result_of(seed, nats)))
+        if not seed:
+            assert ", -0.300 (-0.300 to -0.300) |" in lines()["| main"], "of one seed, not bold"
+    margin = 4.302653 * 0.1 / 3**0.5  # documents are alike: seeds alone differ
+    low, high = 0.4 - margin, 0.4 + margin
+    assert f"**+0.400** ({low:+.3f} to {high:+.3f})" in lines()["| *public text only*"]
+    assert f"better, **-0.400** ({-high:+.3f} to {-low:+.3f})" in lines()["| main"]
+    assert f"| +0.000 ({-margin:+.3f} to {margin:+.3f})" in lines()["| *merged*"].replace("-0.000", "+0.000")
+    assert "with one seed, with other test documents alone" in study.table(tmp_path, ["main"])
 
 
 @pytest.mark.slow
