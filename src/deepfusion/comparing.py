@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from deepfusion.app import launch
-from deepfusion.artifacts import start_from, write_atomic
+from deepfusion.artifacts import RunFolder, start_from, write_atomic
 from deepfusion.config import RunConfig, parse_config, tree_of
 from deepfusion.errors import ConfigError, DataError, DeepFusionError
 from deepfusion.methods import DeepFusion, methods
@@ -21,7 +21,7 @@ from deepfusion.record import Record
 from deepfusion.registry import did_you_mean
 from deepfusion.report.comparison import Comparison, Run, compare_runs
 from deepfusion.report.comparison_page import write_comparison
-from deepfusion.run import shapes_of
+from deepfusion.run import has_this_text, shapes_of
 from deepfusion.types import Progress, silent
 
 MAIN = "deepfusion"
@@ -49,6 +49,7 @@ def compare(
     Raises:
         ConfigError: a name is no method, or the configuration is not DeepFusion's.
         DeepFusionError: no run came to its end; says why the first one failed.
+        DataError: runs were scored on unlike test text.
     """
     plans = [(name, seed, beside(config, name, seed)) for seed in seeds for name in _main_first(names)]
     for sentence in uneven_budgets(config):
@@ -147,7 +148,7 @@ def _merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 
 def _finished(folder: Path, config: RunConfig) -> Record | None:
-    """The record of a run that has ended with this very configuration."""
+    """The record of a run that has ended with this very configuration, on the text that is there now."""
     path = folder / "record.json"
     if not path.exists():
         return None
@@ -155,4 +156,5 @@ def _finished(folder: Path, config: RunConfig) -> Record | None:
         record = Record.load(path)
     except DataError:  # of another version
         return None
-    return record if record.config == json.loads(json.dumps(tree_of(config))) else None
+    same = record.config == json.loads(json.dumps(tree_of(config))) and has_this_text(config, RunFolder(folder))
+    return record if same else None

@@ -15,6 +15,7 @@ import numpy as np
 from deepfusion.artifacts import RunFolder, file_digest, key_of
 from deepfusion.config import RunConfig, tree_of
 from deepfusion.devices import models
+from deepfusion.devices.releases import text_digest
 from deepfusion.federation.ledger import Ledger
 from deepfusion.methods.base import Site, methods
 from deepfusion.methods.rounds import ROUND
@@ -70,6 +71,7 @@ def measure(
         seed=config.seed,
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         metrics=as_metrics(score),
+        test_text=text_digest(site.data.test),
         baselines=_baselines(config, site, scorer, clusters, reference),
         ledger=LedgerTotals(**ledger.totals()),
         bytes_by_kind=ledger.by_kind(),

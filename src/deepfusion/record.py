@@ -183,6 +183,7 @@ class Record(_Part):
     Attributes:
         rounds: of a method in rounds, the score of the model after each one, before the last tuning.
         round_records: what happened in each of them.
+        test_text: hash of the documents that `metrics` are of, as text and as tokens; None in records from before there was one.
         failures: why a device had no part: it did not answer, what it sent was refused, or what it would train does not fit
             its memory.
     """
@@ -195,6 +196,7 @@ class Record(_Part):
     seed: int
     started: str
     metrics: Metrics
+    test_text: str | None = None
     baselines: Baselines
     ledger: LedgerTotals
     bytes_by_kind: dict[str, int] = {}

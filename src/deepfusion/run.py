@@ -27,7 +27,7 @@ from deepfusion.devices import configurations, memory
 from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import DeviceCard, cards, shared_ids
 from deepfusion.devices.releases import Seeded
-from deepfusion.errors import ConfigError, MemoryLimitError, ResumeError
+from deepfusion.errors import ConfigError, DataError, MemoryLimitError, ResumeError
 from deepfusion.federation.header import LARGEST_HEADER
 from deepfusion.methods.base import Site, Training
 from deepfusion.methods.budget import Shapes
@@ -158,6 +158,15 @@ def prepare_data(config: RunConfig, folder: RunFolder, progress: Progress = sile
     options = config.data
     path = folder.keep("data", lambda out: prepare(options, out, progress=progress), options, fingerprint(options))
     return load_prepared(path)
+
+
+def has_this_text(config: RunConfig, folder: RunFolder) -> bool:
+    """Whether a finished run's text is what is behind its [data] now; also where either is not there to be looked at."""
+    key = folder.key("data")
+    try:
+        return key is None or key == key_of("data", config.data, fingerprint(config.data))
+    except DataError:
+        return True
 
 
 def make_site(

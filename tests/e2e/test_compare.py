@@ -13,7 +13,7 @@ import pytest
 
 from deepfusion.comparing import beside, compare, document_scores, uneven_budgets
 from deepfusion.config import RunConfig, parse_config
-from deepfusion.errors import ConfigError
+from deepfusion.errors import ConfigError, DataError
 from deepfusion.methods import Centralised, DeepFusion, FedAvg, FedMkt, OfaKd, methods
 from deepfusion.methods.selective import SelectiveRounds
 from deepfusion.record import Record
@@ -24,6 +24,7 @@ from deepfusion.stages.cluster.kmeans import KMeans
 from small_world import small_tree, write_text
 
 WARM = {"steps": 2, "training": {"batch_size": 4, "learning_rate": 3e-3}}
+EVALUATED = ("public_only", "devices", "proxies", "students", "rounds")
 NAMES = ("fedavg", "deepfusion", "ofa")
 
 
@@ -120,6 +121,46 @@ def test_a_second_comparison_reads_what_is_there(config: RunConfig, compared: tu
     assert compare(config, NAMES, [0, 1], out, note=said.append) == found
     assert not said
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_run_on_text_that_has_changed_since_is_done_again(tmp_path: Path) -> None:
+    write_text(tmp_path / "text")
+    config = parse_config(tree_of(tmp_path / "text", evaluate=dict.fromkeys(EVALUATED, False)))
+    first = compare(config, ["deepfusion"], [0], tmp_path / "out")
+    test = tmp_path / "text" / "garden" / "test.jsonl"
+    lines = test.read_text().splitlines()
+    test.write_text("\n".join([lines[0].replace("The", "An"), *lines[1:]]) + "\n")
+    said: list[str] = []
+    second = compare(config, ["deepfusion"], [0], tmp_path / "out", note=said.append)
+    assert said == [f"deepfusion, seed 0: {tmp_path / 'out' / 'deepfusion' / 'seed-0'}"]
+    assert first.methods[0].log_perplexity != second.methods[0].log_perplexity
+    test.unlink()
+    assert compare(config, ["deepfusion"], [0], tmp_path / "out") == second, "read where the text is not at hand"
+
+
+def test_unlike_test_text_is_not_paired(compared: tuple[Path, Comparison]) -> None:
+    def run(method: str, seed: int) -> Run:
+        folder = compared[0] / method / f"seed-{seed}"
+        return Run(Record.load(folder / "record.json"), folder, document_scores(folder))
+
+    runs = [run(method, seed) for method in ("deepfusion", "fedavg") for seed in (0, 1)]
+    assert len({one.record.test_text for one in runs}) == 1
+    compare_runs(runs, {}, main="deepfusion")
+    last, (nats_U, tokens_U) = runs[-1], runs[-1].documents
+    edited = replace(last, record=last.record.model_copy(update={"test_text": "of other words"}))
+    longer = replace(last, documents=(nats_U, tokens_U + 1))
+    fewer = replace(last, documents=(nats_U[1:], tokens_U[1:]))
+    for other in (edited, longer, fewer):
+        with pytest.raises(DataError, match=r"deepfusion/seed-0 and .*fedavg/seed-1 were scored on unlike test text"):
+            compare_runs([*runs[:3], other], {}, main="deepfusion")
+    old = replace(last, record=last.record.model_copy(update={"test_text": None}))
+    compare_runs([*runs[:3], old], {}, main="deepfusion")
+
+
+def test_results_from_before_records_named_their_test_text_still_load() -> None:
+    results = Path(__file__).parents[2] / "benchmarks" / "results" / "comparison" / "share-0.1"
+    found = json.loads((results / "deepfusion-seed-0.json").read_text())["record"]
+    assert Record.model_validate({name: part for name, part in found.items() if name != "test_text"}).test_text is None
 
 
 def test_the_gap_is_that_of_the_test_documents(compared: tuple[Path, Comparison]) -> None:

@@ -14,7 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from deepfusion.errors import printable
+from deepfusion.errors import DataError, printable
 from deepfusion.record import Record
 from deepfusion.report.rows import size
 from deepfusion.statistics import paired_difference
@@ -143,7 +143,13 @@ class Comparison(_Part):
 
 
 def compare_runs(runs: Sequence[Run], failures: Mapping[str, str], *, main: str) -> Comparison:
-    """Group runs by method, best first, and compare each method with `main` on the seeds that both have."""
+    """Group runs by method, best first, and compare each method with `main` on the seeds that both have.
+
+    Raises:
+        DataError: two runs were scored on unlike test text; names their folders.
+    """
+    for run in runs:
+        _check_same_text(runs[0], run)
     by_method: dict[str, dict[int, Run]] = {}
     for run in runs:
         by_method.setdefault(run.record.method, {})[run.record.seed] = run
@@ -154,6 +160,17 @@ def compare_runs(runs: Sequence[Run], failures: Mapping[str, str], *, main: str)
         failures=dict(failures),
         test_tokens=runs[0].record.metrics.tokens,
     )
+
+
+def _check_same_text(one: Run, other: Run) -> None:
+    texts = {run.record.test_text for run in (one, other)} - {None}
+    tokens = one.documents[1], other.documents[1]
+    if len(texts) > 1 or not np.array_equal(*tokens):
+        sizes = [f"{len(tokens_U)} documents of {int(tokens_U.sum()):,} tokens" for tokens_U in tokens]
+        raise DataError(
+            f"{one.folder} and {other.folder} were scored on unlike test text ({' and '.join(sizes)}): a document of one "
+            "would be paired with another document; delete the folder whose text is out of date, and compare again"
+        )
 
 
 def _result(name: str, runs: Mapping[int, Run], mains: Mapping[int, Run], main: str) -> MethodResult:
