@@ -49,6 +49,18 @@ class FederationError(DeepFusionError):
     """The exchange between server and devices failed beyond what retries can mend."""
 
 
+class DropoutError(FederationError):
+    """Every device that was asked dropped out: none is known to be at fault, so another time they may answer.
+
+    Attributes:
+        asked: ids of the devices.
+    """
+
+    def __init__(self, message: str, asked: Sequence[str] = ()) -> None:
+        self.asked = tuple(asked)
+        super().__init__(message)
+
+
 class DiskError(DeepFusionError):
     """What has arrived, or was trained, cannot be written. Not a device's fault: the run stops, and goes on from there."""
 

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,17 @@ from deepfusion.config import load_config, parse_config
 from deepfusion.data.prepare import load_prepared
 from deepfusion.devices import models
 from deepfusion.devices.fleet import cards
-from deepfusion.errors import ConfigError, MemoryLimitError
+from deepfusion.errors import ConfigError, DropoutError, FederationError, MemoryLimitError
+from deepfusion.federation.door import Door
 from deepfusion.methods import FedAvg, exchange
+from deepfusion.methods.rounds import read_round
 from deepfusion.record import Record
 from deepfusion.run import CONFIG, Notes, make_device, make_site
 from deepfusion.stages.local import steps_for
 from deepfusion.stages.proxy import MODEL
 from deepfusion.state_dicts import distinct_state
 from deepfusion.types import Payload
-from small_world import WARM, small_tree
+from small_world import WARM, rounds_tree, small_tree
 from wire_world import ASKED, TOLD, Seen, check_ledger, tapped
 
 
@@ -143,6 +147,91 @@ def test_an_answer_of_another_round_or_shape_is_refused(fedavg: tuple[Path, Reco
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items()), (
         "the good one sent back what it was sent"
     )
+
+
+def dropping(
+    monkeypatch: pytest.MonkeyPatch, silent: Collection[int], error: type[FederationError] = DropoutError
+) -> None:
+    """In these rounds every device is sent its request, which the ledger books, and none answers."""
+    through = Door._exchange  # pyright: ignore[reportPrivateUsage]
+
+    def exchange(self: Door, requests: Mapping[str, Payload]) -> Iterator[tuple[str, Payload]]:
+        (number,) = {sent.round for sent in requests.values()}
+        if number not in silent or any(sent.what in ("init", "statistics") for sent in requests.values()):
+            yield from through(self, requests)
+            return
+        for device, sent in requests.items():
+            self._send(device, sent)  # pyright: ignore[reportPrivateUsage]
+        raise error(f"none of {len(requests)} devices answered; device {next(iter(requests))}: was not online")
+
+    monkeypatch.setattr(Door, "_exchange", exchange)
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedjets", "fedmkt", "hfedmoe"])
+def test_a_round_without_a_device_is_skipped_and_ledgered_and_the_next_one_goes_on(
+    method: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropping(monkeypatch, {0})
+    config = parse_config(rounds_tree(root, method, evaluate={"rounds": True, "public_only": False}))
+    record = launch(config, tmp_path)
+    assert record is not None
+    assert "round 1 was skipped, the model stays as it was: none of 6 devices answered" in " ".join(record.notes)
+    first, skipped, last = (
+        distinct_state(models.load(tmp_path / name)) for name in ("reference/merged", "rounds/0", "rounds/1")
+    )
+    assert all(torch.equal(tensor, skipped[name]) for name, tensor in first.items())
+    assert not all(torch.equal(tensor, last[name]) for name, tensor in first.items())
+    assert [told.answered for told in record.round_records] == [0, 6]
+    assert record.rounds[1].log_perplexity < record.rounds[0].log_perplexity
+    rows = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    exchanged = {(row["round"], row["direction"]) for row in rows if row["what"] in ("moe", "gate", "logits")}
+    assert exchanged == {(0, "down"), (1, "down"), (1, "up")}
+    again = launch(config, tmp_path, resume=True)
+    assert again is not None
+    assert again.notes == record.notes
+
+
+def test_a_round_of_adapters_may_be_skipped_between_others(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropping(monkeypatch, {0, 2})
+    launch(parse_config(rounds_tree(root, "hfedmoe", adapter_rank=2, rounds=4)), tmp_path, until="rounds")
+    states = [distinct_state(models.load(tmp_path / "rounds" / str(n))) for n in range(4)]
+    same = [all(torch.equal(a[name], b[name]) for name in a) for a, b in pairwise(states)]
+    assert same == [False, True, False]
+
+
+def test_below_the_operators_minimum_a_round_stops_and_resumes(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = parse_config(rounds_tree(root, "fedavg", federation={"engine": "inline", "minimum_devices": 2}))
+    with monkeypatch.context() as patch:
+        dropping(patch, {1})
+        with pytest.raises(DropoutError, match="none of 6 devices"):
+            launch(config, tmp_path)
+    assert launch(config, tmp_path, resume=True) is not None
+    assert read_round(tmp_path / "rounds" / "1")["answered"] != []
+
+
+def test_devices_that_say_what_is_wrong_end_the_run(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropping(monkeypatch, {0}, FederationError)
+    with pytest.raises(FederationError, match="none of 6 devices"):
+        launch(parse_config(rounds_tree(root, "fedavg")), tmp_path)
+    assert not (tmp_path / "rounds" / "0").exists()
+
+
+def test_without_any_answer_in_any_round_the_run_ends_and_asks_again_when_resumed(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = parse_config(rounds_tree(root, "fedavg"))
+    with monkeypatch.context() as patch:
+        dropping(patch, {0, 1})
+        with pytest.raises(DropoutError, match=r"in any of 2 rounds \(none of 6 devices"):
+            launch(config, tmp_path)
+    assert launch(config, tmp_path, resume=True) is not None
+    assert [len(read_round(tmp_path / "rounds" / str(n))["answered"]) for n in (0, 1)] == [6, 6]
 
 
 def test_devices_that_cannot_hold_the_whole_model_are_refused_and_counted(root: Path) -> None:

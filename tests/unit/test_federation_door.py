@@ -18,7 +18,7 @@ from federation_apps import GARBAGE_ROUND
 from flwr.app import Array, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from deepfusion.errors import DeepFusionError, FederationError
+from deepfusion.errors import DeepFusionError, DropoutError, FederationError
 from deepfusion.federation.door import Door
 from deepfusion.federation.engines import ForkServer
 from deepfusion.federation.ledger import Ledger
@@ -160,9 +160,7 @@ def test_a_client_that_was_killed_once_is_asked_again(forked: LocalGrid, tmp_pat
 
 
 def test_without_retries_a_broken_client_is_given_up(forked: LocalGrid, tmp_path: Path) -> None:
-    with pytest.raises(
-        FederationError, match=r"none of 4 devices answered; device d\d: its process was ended by SIGKILL"
-    ):
+    with pytest.raises(DropoutError, match=r"none of 4 devices answered; device d\d: its process was ended by SIGKILL"):
         exchange(forked, tmp_path, Payload("kill-once", metadata={"folder": str(tmp_path)}), retries=0)
 
 
@@ -186,8 +184,11 @@ def test_malformed_and_diverged_answers_are_refused_by_name(grid: LocalGrid, tmp
 
 
 def test_if_all_devices_fail_the_first_ones_error_is_raised(grid: LocalGrid, tmp_path: Path) -> None:
-    with pytest.raises(FederationError, match=r"none of 4 devices answered; device d\d: .*LookupError: no text"):
+    with pytest.raises(
+        FederationError, match=r"none of 4 devices answered; device d\d: .*LookupError: no text"
+    ) as found:
         exchange(grid, tmp_path, Payload("raise"))
+    assert not isinstance(found.value, DropoutError), "they have not dropped out, they say what is wrong"
 
 
 def test_a_device_that_is_not_connected_is_named_before_anything_is_sent(tmp_path: Path) -> None:

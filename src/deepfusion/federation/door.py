@@ -14,7 +14,7 @@ from flwr.app import Message
 from flwr.common.constant import ErrorCode
 
 from deepfusion.devices.memory import peak_memory_bytes
-from deepfusion.errors import FederationError, UploadError
+from deepfusion.errors import DropoutError, FederationError, UploadError
 from deepfusion.federation.ledger import Ledger, Row
 from deepfusion.federation.messages import JOB, pack, pack_telemetry, read_telemetry, unpack
 from deepfusion.federation.payload import decode, encode
@@ -30,6 +30,9 @@ TRANSPORT_ERRORS = {
     ErrorCode.CLIENT_APP_CRASHED,
 }
 """What another attempt may mend. An exception in the client's code would only be raised again."""
+
+DROPOUTS = TRANSPORT_ERRORS | {ErrorCode.UNKNOWN}
+"""What makes a device one that dropped out; UNKNOWN is what a local grid says of one that took too long."""
 
 _POLL = 0.2
 _LONGEST_PAUSE = 300.0
@@ -65,8 +68,15 @@ class _Sent:
 
 @dataclass(frozen=True)
 class _Failure:
+    """Why a device gave no answer.
+
+    Attributes:
+        dropped: it fell silent, or was never heard; it did not say what is wrong, or answer what cannot be used.
+    """
+
     reason: str
     code: int | None = None
+    dropped: bool = True
 
 
 class Door:
@@ -124,6 +134,7 @@ class Door:
 
         Raises:
             FederationError: a device is not connected, or every device failed (with what the first one said).
+            DropoutError: every device dropped out.
         """
         strangers = sorted(requests.keys() - self._nodes.keys())
         if strangers and self._look_up is None:
@@ -138,7 +149,7 @@ class Door:
         attempts, not_before = dict.fromkeys(requests, 0), dict.fromkeys(requests, 0.0)
         sent: dict[str, _Sent] = {}
         failed: list[str] = []
-        settled, answered, closes = 0, False, _after(self._deadline)
+        settled, answered, dropped, closes = 0, False, True, _after(self._deadline)
         while waiting or sent:
             gone = self._shut_out(waiting, sent)
             ready = {device_id for device_id in waiting if time.monotonic() >= not_before[device_id]}
@@ -157,6 +168,7 @@ class Door:
                     continue
                 else:
                     self.failures[device_id] = outcome.reason
+                    dropped = dropped and outcome.dropped
                 del outcome  # or it would be in memory until the next one has arrived
                 settled += 1
                 reason = self.failures.get(device_id)
@@ -166,9 +178,8 @@ class Door:
                 note = f"{len(failed)} failed" if failed else device_id
                 self._progress("devices", settled, len(requests), note)
         if failed and not answered:
-            raise FederationError(
-                f"none of {len(failed)} devices answered; device {failed[0]}: {self.failures[failed[0]]}"
-            )
+            said = f"none of {len(failed)} devices answered; device {failed[0]}: {self.failures[failed[0]]}"
+            raise DropoutError(said, tuple(requests)) if dropped else FederationError(said)
 
     def _can_be_mended(self, failure: _Failure, attempts: int) -> bool:
         if failure.code not in TRANSPORT_ERRORS:
@@ -255,7 +266,9 @@ class Door:
     def _open_reply(self, device_id: str, reply: Message) -> Payload | _Failure:
         """Book the bytes of a reply, and check and decode it."""
         if reply.has_error():
-            return _Failure((reply.error.reason or "it failed without a word")[:_LONGEST], reply.error.code)
+            error = reply.error
+            reason = (error.reason or "it failed without a word")[:_LONGEST]
+            return _Failure(reason, error.code, dropped=error.code in DROPOUTS)
         source = f"device {device_id}"
         try:
             blob = unpack(reply, source)
@@ -265,7 +278,7 @@ class Door:
                 self._ledger.book(Row(0, device_id, "up", "refused", len(blob)))  # it did cross, whatever it was
                 raise
         except UploadError as error:
-            return _Failure(str(error))
+            return _Failure(str(error), dropped=False)
         self._ledger.book(Row(payload.round, device_id, "up", payload.what, len(blob), *read_telemetry(reply)))
         self._has_job.add(device_id)
         return payload

@@ -19,6 +19,7 @@ class FederationOptions:
         timeout_seconds: longest time a device may take before it is given up.
         retries: how often a device that crashed is asked again.
         minimum_devices: a run goes on with the devices that have answered, if there are as many as this (of those asked).
+            With 1, a method in rounds skips a round that every device drops out of; with more it stops there, to be resumed.
         deadline_seconds: how long one exchange waits for its last device, of a fleet that may be switched off for hours;
             none waits as long as `timeout_seconds` says. Who was missing is in the record; `--resume` asks them again.
     """

@@ -41,7 +41,7 @@ class FedAvg(rounds.Rounds):
         moe = self.begin(site)
         for number in range(self.rounds):
             moe = self.run_round(site, call, number, moe)
-        site.reached("rounds")
+        rounds.reached(site, self.rounds)
         return self.finish(site, moe)
 
     def run_round(self, site: Site, call: Call, number: int, moe: Path) -> Path:

@@ -125,7 +125,7 @@ class FedJets(rounds.Rounds):
         site.reached("anchors")
         for number in range(self.rounds):
             moe = self.run_round(site, call, number, moe, anchors)
-        site.reached("rounds")
+        rounds.reached(site, self.rounds)
         return self.finish(site, moe)
 
     def find_anchors(self, site: Site, call: Call) -> dict[str, int]:

@@ -109,7 +109,7 @@ class FedMkt(rounds.Rounds):
         moe = self.begin(site)
         for number in range(self.rounds):
             moe = self._round(site, call, number, moe)
-        site.reached("rounds")
+        rounds.reached(site, self.rounds)
         return self.finish(site, moe)
 
     def reference(self, site: Site) -> Path:

@@ -25,6 +25,7 @@ from deepfusion.data.packing import PackedText
 from deepfusion.devices import configurations, models
 from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import DeviceCard, FleetOptions
+from deepfusion.errors import DropoutError
 from deepfusion.federation.payload import check_metadata, check_state, read_file, read_metadata
 from deepfusion.methods import assembly, beginning, exchange
 from deepfusion.methods.base import Site, TargetOptions, Training, family_faults, precision_faults
@@ -152,10 +153,15 @@ def run_round(
 ) -> Path:
     """One round as the stage `rounds/<number>`: ask, wait for the answers, fold them into the next model.
 
+    Where every device drops out the round is skipped, and `moe` is returned (baselines, section 13).
+
     Args:
         moe: the model of the round before.
         parts: keys of what the answers and their folding depend on.
         admit: None takes an answer that holds the very tensors that its device was sent, in the same shapes.
+
+    Raises:
+        FederationError: fewer have answered than [federation] minimum_devices, where that is more than one.
     """
     inputs = (number, assembly.digests(moe), site.fleet, site.data_key, site.sequence_length, *parts)
     key, place = key_of("round", site.seed, *inputs), f"uploads/round-{number}"
@@ -163,24 +169,54 @@ def run_round(
     def make(folder: Path) -> None:
         model = models.load(moe)
         kind = str(model.config.model_type)
-        requests = {
-            device: replace(payload, metadata={**payload.metadata, "architecture": kind, "init_id": key}, round=number)
-            for device, payload in ask(model).items()
-        }
 
-        def check(device_id: str, payload: Payload) -> None:
-            check_metadata(payload, device_id, kind, key)
-            (admit or _same_tensors)(device_id, payload, requests[device_id])
+        def exchanged() -> dict[str, Any]:
+            requests = {
+                device: replace(sent, metadata={**sent.metadata, "architecture": kind, "init_id": key}, round=number)
+                for device, sent in ask(model).items()
+            }
 
-        files = exchange.spool_answers(site, call, requests, check, key, place)
-        told = fold(model, files, folder)
+            def check(device_id: str, payload: Payload) -> None:
+                check_metadata(payload, device_id, kind, key)
+                (admit or _same_tensors)(device_id, payload, requests[device_id])
+
+            files = exchange.spool_answers(site, call, requests, check, key, place)
+            return {"asked": list(requests), "answered": list(files), **fold(model, files, folder)}
+
+        try:
+            said = exchanged()
+        except DropoutError as error:
+            if site.quorum > 1:  # the operator would rather wait
+                raise
+            said = {"asked": error.asked, "answered": [], "skipped": str(error)}
         models.save(model, folder, site.data.tokenizer)
-        said = {"asked": list(requests), "answered": list(files), **told}
         (folder / ROUND).write_text(json.dumps(said))
 
     folder = site.keep(f"rounds/{number}", make, *inputs)
     shutil.rmtree(site.folder / place, ignore_errors=True)  # the answers are in the model now
+    if reason := read_round(folder).get("skipped"):
+        site.note(f"round {number + 1} was skipped, the model stays as it was: {reason}")
+        return moe
     return folder
+
+
+def reached(site: Site, count: int) -> None:
+    """The end of all `count` rounds.
+
+    Raises:
+        DropoutError: not one of them had an answer; they are forgotten, so that a resumed run asks again.
+        StageReached: the run is to stop here.
+    """
+    folders = [site.folder / "rounds" / str(number) for number in range(count)]
+    told = [read_round(folder) for folder in folders]
+    if all("skipped" in said for said in told):
+        for folder in folders:
+            shutil.rmtree(folder)
+        raise DropoutError(
+            f"no device took part in any of {count} rounds ({told[0]['skipped']}); see to them and go on with --resume",
+            told[0]["asked"],
+        )
+    site.reached("rounds")
 
 
 def _same_tensors(device_id: str, payload: Payload, request: Payload) -> None:

@@ -117,7 +117,7 @@ class SelectiveRounds(rounds.RoundOptions):
         for number in range(self.rounds):
             sent.append(moe)
             moe = self._round(site, call, number, sent)
-        site.reached("rounds")
+        rounds.reached(site, self.rounds)
         return moe
 
     def _round(self, site: Site, call: Call, number: int, sent: Sequence[Path]) -> Path:
