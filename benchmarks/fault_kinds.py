@@ -16,7 +16,7 @@ import psutil
 
 from deepfusion.artifacts import holder
 from deepfusion.fleet import faults
-from deepfusion.fleet.faults import When, clients, on_server, put_in, state_is, wait_until
+from deepfusion.fleet.faults import When, clients, on_server, state_is, wait_until
 from deepfusion.fleet.layout import Layout
 from deepfusion.fleet.supervise import Fleet
 
@@ -171,9 +171,9 @@ def _clock(world: World, seconds: float) -> Fault:
 
     def right() -> None:
         if world.fleet.nodes[device] is not before:
-            put_in(world.fleet, device, before)
+            world.fleet.put_in(device, before)
 
-    put_in(world.fleet, device, faults.skewed(world.layout, device, seconds, folder))
+    world.fleet.put_in(device, faults.skewed(world.layout, device, seconds, folder))
     when = When(lambda: seconds < 0 or all(there() for there in others), right if seconds > 0 else lambda: None)
     return Fault(when, after=right)
 

@@ -21,7 +21,6 @@ from deepfusion.fleet.faults import (
     Trainings,
     When,
     clients,
-    put_in,
     skewed,
     state_is,
     wait_until,
@@ -166,14 +165,14 @@ def test_a_clock_a_minute_behind_does_no_harm_and_one_a_minute_ahead_keeps_its_d
 ) -> None:
     with fleet_on_this_machine(layout) as fleet:
         for device_id, seconds in (("device-001", -60.0), ("device-002", 60.0)):
-            put_in(fleet, device_id, skewed(layout, device_id, seconds, tmp_path))
+            fleet.put_in(device_id, skewed(layout, device_id, seconds, tmp_path))
         others = [state_is(layout, device_id, "uploaded") for device_id in ("device-000", "device-001")]
         seen: list[str] = []
 
         def ahead_is_still_out() -> None:
             status = fleet_status(layout.server / "run")
             seen.append(next(d for d in status.devices if d.device == "device-002").state)
-            put_in(fleet, "device-002", skewed(layout, "device-002", 0.0, tmp_path))
+            fleet.put_in("device-002", skewed(layout, "device-002", 0.0, tmp_path))
 
         trained = Trainings(layout)
         with When(lambda: all(there() for there in others), ahead_is_still_out).watching():

@@ -29,6 +29,7 @@ from deepfusion.fleet.faults import When
 from deepfusion.fleet.layout import init_fleet
 from deepfusion.fleet.server_file import open_server
 from deepfusion.fleet.status import DeviceStatus, FleetStatus, fleet_status, status_table
+from deepfusion.fleet.supervise import Fleet
 from deepfusion.fleet.trial import trial_config
 from deepfusion.run import check_text
 from fleet_world import make_fleet
@@ -315,3 +316,21 @@ def test_the_status_is_what_the_server_last_saw(tmp_path: Path) -> None:
         ("a", "uploaded", True, "", 7), ("b", "failed", True, "it broke", 0), ("c", "registered", False, "", 0),
         ("d", "uploaded", False, "", 0),
     ]  # fmt: skip
+
+
+def test_a_device_is_not_brought_back_while_another_process_takes_its_place() -> None:
+    done: list[str] = []
+
+    def start() -> None:
+        tending.start()
+        tending.join(0.2)
+        done.append("start")
+
+    before = SimpleNamespace(end=lambda: done.append("end"), revive=lambda: done.append("revive the old one"))
+    after = SimpleNamespace(start=start, revive=lambda: done.append("revive"))
+    link = SimpleNamespace(is_alive=lambda: True)
+    fleet = Fleet(SimpleNamespace(), link, {"a": before})  # pyright: ignore[reportArgumentType]
+    tending = threading.Thread(target=fleet.tend)
+    fleet.put_in("a", after)  # pyright: ignore[reportArgumentType]
+    tending.join()
+    assert done == ["end", "start", "revive"]

@@ -176,13 +176,6 @@ def skewed(layout: Layout, device_id: str, seconds: float, folder: Path) -> Serv
     )
 
 
-def put_in(fleet: Fleet, device_id: str, service: Service) -> None:
-    """Have another process be a device."""
-    fleet.nodes.pop(device_id).end()  # nobody else brings it back meanwhile
-    service.start()
-    fleet.nodes[device_id] = service
-
-
 def wait_until(condition: Condition, what: str, seconds: float = 300.0) -> None:
     """Wait for a condition.
 

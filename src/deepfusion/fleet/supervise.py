@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -100,6 +101,7 @@ class Fleet:
     server: Server
     link: Service
     nodes: dict[str, Service]
+    _changing: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def start(self) -> None:
         """Start all; the SuperLink knows all devices when this returns."""
@@ -115,14 +117,22 @@ class Fleet:
 
     def tend(self) -> bool:
         """Bring back what has died; whether the SuperLink was among it, with all that it knew."""
-        for node in list(self.nodes.values()):
-            node.revive()
+        with self._changing:
+            for node in self.nodes.values():
+                node.revive()
         if self.link.is_alive():
             return False
         time.sleep(RESTART_SECONDS)
         self.link.end()
         self.start_link()
         return True
+
+    def put_in(self, device_id: str, service: Service) -> None:
+        """Have another process be a device."""
+        with self._changing:  # or the one before might be brought back once it has ended
+            self.nodes[device_id].end()
+            service.start()
+            self.nodes[device_id] = service
 
 
 @contextmanager
