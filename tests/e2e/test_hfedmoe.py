@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import cards
 from deepfusion.devices.memory import num_parameters
 from deepfusion.errors import ConfigError, ModelError, UploadError
-from deepfusion.methods import HFedMoE
+from deepfusion.methods import HFedMoE, selective
 from deepfusion.methods.base import Training
 from deepfusion.methods.holding import TABLES, check_returned
 from deepfusion.methods.learning import ADAPTERS, FROZEN, Adapters, Everything, check_products
@@ -32,6 +33,7 @@ from deepfusion.moe.hosting import apart, expert_of, with_experts
 from deepfusion.record import Record
 from deepfusion.run import CONFIG, make_device, make_site
 from deepfusion.stages.proxy import MODEL
+from deepfusion.stages.selective import ExpertSelection
 from deepfusion.state_dicts import distinct_state
 from deepfusion.types import Payload, State
 from small_world import QUIET, WARM, rounds_tree, small_tree
@@ -298,20 +300,52 @@ def test_deepfusion_goes_on_with_its_merged_moe_in_the_federation(root: Path) ->
     assert more.devices[0].parameters > plain.devices[0].parameters, "a device holds the MoE as well"
 
 
-@pytest.fixture(scope="module")
-def exchange(run: tuple[Path, Record]) -> tuple[Device, Payload, Payload]:
-    """A device, what it was asked in the first round, and what it answers."""
-    config = load_config(run[0] / CONFIG)
-    site = make_site(config, RunFolder(run[0]), load_prepared(run[0] / "data"))
-    method, card, sent = config.method, cards(config.devices, config.seed)[0], run[0] / "reference" / "merged"
+def asked_first(folder: Path, place: int) -> tuple[HFedMoE, Device, Payload]:
+    """A run's method, one of its devices, and what that was asked in the first round."""
+    config = load_config(folder / CONFIG)
+    site = make_site(config, RunFolder(folder), load_prepared(folder / "data"))
+    method, card, sent = config.method, cards(config.devices, config.seed)[place], folder / "reference" / "merged"
     assert isinstance(method, HFedMoE)
     model = models.load(sent)
     request = method._request(
         site, [], card, method.means(site)[card.id], model.config, pieces_of(sent), [sent], {}, {}, Everything()
     )  # pyright: ignore[reportPrivateUsage]
     request = replace(request, metadata={**request.metadata, "architecture": "qwen2_moe", "init_id": "x"})
-    device = replace(make_device(config, RunFolder(run[0]), card), scratch=None)
+    return method, replace(make_device(config, RunFolder(folder), card), scratch=None), request
+
+
+@pytest.fixture(scope="module")
+def exchange(run: tuple[Path, Record]) -> tuple[Device, Payload, Payload]:
+    """A device, what it was asked in the first round, and what it answers."""
+    method, device, request = asked_first(run[0], 0)
     return device, request, method.client(device, request)
+
+
+def test_the_experts_that_are_sent_are_among_those_trained_and_these_among_those_routed(
+    run: tuple[Path, Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choosers: list[ExpertSelection] = []
+
+    def watched(*arguments: Any) -> ExpertSelection:
+        choosers.append(ExpertSelection(*arguments))
+        return choosers[-1]
+
+    monkeypatch.setattr(selective, "ExpertSelection", watched)
+    left_out = Counter[str]()
+    for place, record in enumerate(run[1].devices):
+        method, device, request = asked_first(run[0], place)
+        answer = replace(method, threshold=0.25).client(device, request)  # a threshold that stops some
+        routed = {(layer, expert) for layer, expert in choosers[-1].routed_LE.nonzero().tolist()}
+        trained = {(layer, expert) for layer, expert in answer.arrays["count"].nonzero().tolist()}
+        sent = {at for name in answer.arrays if (at := expert_of(name))}
+        assert sent <= trained <= routed
+        assert sent == {at for at in trained if float(answer.arrays["usage"][at]) >= 0.25}
+        told = read_round(run[0] / "rounds" / "0")["devices"][record.id]
+        assert told["routed"] == answer.metadata["routed"] == len(routed)
+        assert told["trained"] == len(trained)
+        left_out += Counter(untrained=len(routed - trained), unsent=len(trained - sent))
+    assert left_out["untrained"]
+    assert left_out["unsent"], "or all sets were equal"
 
 
 @pytest.mark.parametrize(

@@ -59,9 +59,16 @@ def test_exits_need_no_weight_on_the_final_prediction() -> None:
 
 
 def test_gradients_reach_the_student_and_the_exits_but_not_the_teacher() -> None:
-    exits = Ofa().attach(STUDENT, TEACHER, sequence_length=9, seed=3)
-    losses_of(exits)["features"].backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in exits.parameters())
+    exits, text = Ofa().attach(STUDENT, TEACHER, sequence_length=9, seed=3), batch()
+    student, teacher = from_config(STUDENT, 1), from_config(TEACHER, 2)  # which would learn, if it were let
+    heard = read(teacher, text)
+    (found,) = domain_losses(
+        student, [[Teacher(teacher, 1.0, exits)]], [[heard]], [text], DistillOptions(trust="all", exponent=1.5)
+    )
+    found["loss"].backward()
+    for learner in (student, exits):
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in learner.parameters())
+    assert all(p.requires_grad and p.grad is None for p in teacher.parameters())
 
 
 def test_exits_depend_on_their_seed_alone_and_disturb_no_random_stream() -> None:

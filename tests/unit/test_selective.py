@@ -5,19 +5,25 @@ from __future__ import annotations
 
 import math
 from itertools import combinations
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from deepfusion.devices.configurations import make_config
 from deepfusion.devices.features import forward
 from deepfusion.devices.presets import PRESETS
 from deepfusion.errors import ModelError
+from deepfusion.federation.payload import encode
+from deepfusion.methods import HFedMoE
 from deepfusion.moe.base import MATRICES
 from deepfusion.moe.routing import Routing, watch_routing
+from deepfusion.stages.proxy import MODEL
 from deepfusion.stages.selective import (
     ExpertSelection,
     SelectOptions,
@@ -31,7 +37,8 @@ from deepfusion.stages.selective import (
     with_adapters,
 )
 from deepfusion.state_dicts import distinct_state
-from deepfusion.types import Batch
+from deepfusion.training import Checkpoint, Optimisation, fit
+from deepfusion.types import Batch, Payload
 
 
 def probabilities(seed: int, units: int = 50, experts: int = 6, sharp: float = 2.0) -> torch.Tensor:
@@ -175,6 +182,45 @@ def test_experts_that_are_not_chosen_stay_as_they_are_with_their_moments_and_the
             assert torch.equal(ours, gradient), f"{name}: gradients flow through experts that do not learn"
 
 
+def test_an_expert_that_has_moments_and_sits_a_step_out_keeps_its_weights_and_moments_to_the_bit(
+    tmp_path: Path,
+) -> None:
+    """In the trainings' own optimiser, which is fused, with decay and momentum that would move it."""
+    model, batch = model_and_batch()
+    batches = [Batch((batch.input_ids_BT * factor + 3) % 64, batch.counted_BT, batch.valid_BT) for factor in (1, 5, 11)]
+    kept = Checkpoint(tmp_path / "state.safetensors", every_seconds=0)
+    after: list[dict[str, torch.Tensor]] = []
+    active: list[torch.Tensor] = []
+    with separate_experts(model) as pieces:  # pyright: ignore[reportArgumentType]
+        chooser = ExpertSelection(model, pieces, SelectOptions(), 4, None)  # pyright: ignore[reportArgumentType]
+
+        def backward(step: int) -> dict[str, float]:
+            if step:
+                after.append(load_file(kept.path))
+            before = chooser.count_LE.clone()
+            one_step(model, batches[step], chooser)
+            active.append(chooser.count_LE > before)
+            return {}
+
+        parameters = dict(model.named_parameters())
+        rates = Optimisation(learning_rate=1e-2, weight_decay=0.1)
+        fit(parameters, backward, steps=3, optimisation=rates, seed=0, checkpoint=kept)
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        sat_out = 0
+        for layer, experts in enumerate(pieces):
+            for index, owned in enumerate(experts):
+                learnt, again = (bool(active[step][layer, index]) for step in (0, 1))
+                sat_out += learnt and not again
+                for name in (names[id(parameter)] for parameter in owned):
+                    first, second = ({k: t for k, t in state.items() if k.endswith(f"/{name}")} for state in after)
+                    assert len(first) == (4 if learnt else 1), "the weight, AdamW's two moments and its count of steps"
+                    if not again:
+                        assert first.keys() == second.keys()
+                    for key in first:
+                        assert torch.equal(first[key], second[key]) is not again, key
+    assert sat_out, "or nothing was tested"
+
+
 def test_usage_sums_to_one_in_every_layer_and_padding_counts_for_nothing() -> None:
     model, batch = model_and_batch()
     with separate_experts(model) as pieces:  # pyright: ignore[reportArgumentType]
@@ -285,6 +331,51 @@ def test_a_device_that_uses_important_experts_weighs_more_and_coverage_is_a_shar
     found = gate_shares(usage_CLE, score_CLE, 0.15)
     assert found.weight_C[0] > found.weight_C[1] > found.weight_C[2] == 0
     assert found.coverage_C.tolist() == [0.25, 1.0, 0.25]
+
+
+EXPERTS, GATE, NORM = (
+    f"model.{name}" for name in ("layers.0.mlp.experts.down_proj", "layers.0.mlp.gate.weight", "norm.weight")
+)
+
+
+def folded(folder: Path, gates: list[torch.Tensor], scale: float = 1.0, **options: Any) -> tuple[torch.Tensor, float]:
+    """The next router of a layer of three experts, after answers with these, of unlike use and worth; the sum of all a(c)."""
+    method = HFedMoE(threshold=0.1, **options)
+    files: dict[str, Path] = {}
+    for number, gate_EH in enumerate(gates):
+        usage_LE = torch.tensor([[0.6, 0.3, 0.1]]).roll(number, 1)
+        tables = {
+            "usage": usage_LE,
+            "score": scale * usage_LE * (number + 1) / 3,
+            "count": torch.ones(1, 3, dtype=torch.int32),
+        }
+        arrays = {MODEL + GATE: gate_EH, MODEL + NORM: torch.ones(2), **tables}
+        files[f"d{number}"] = folder / f"d{number}.safetensors"
+        files[f"d{number}"].write_bytes(encode(Payload("moe", arrays, {"tokens": 10 * (number + 1), "routed": 3})))
+    state = {EXPERTS: torch.zeros(3, 2, 2), GATE: torch.full((3, 2), 9.0), NORM: torch.zeros(2)}
+    hosts = {device: [[0, 1, 2]] for device in files}
+    told = method._fold(state, files, {}, hosts)  # pyright: ignore[reportPrivateUsage]
+    return state[GATE], told["gate_scale"]
+
+
+def test_the_gate_of_identical_devices_is_unchanged_and_of_unlike_ones_theirs_weighed(tmp_path: Path) -> None:
+    same_EH = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+    found_EH, scale = folded(tmp_path, [same_EH] * 3)
+    assert torch.allclose(found_EH, same_EH, rtol=0, atol=1e-6)
+    assert scale < 0.9
+    shrunk_EH, _ = folded(tmp_path, [same_EH] * 3, gate_weights="literal")
+    assert torch.allclose(shrunk_EH, same_EH * scale, atol=1e-6)
+    ones = [torch.full((3, 2), value) for value in (1.0, 2.0, 3.0)]
+    assert float(folded(tmp_path, ones)[0][0, 0]) == pytest.approx((1 * 1 + 2 * 2 + 3 * 3) / (1 + 2 + 3)), (
+        "by u times s"
+    )
+
+
+def test_the_scale_of_all_worths_has_no_effect_on_the_gate(tmp_path: Path) -> None:
+    gates = [torch.randn(3, 2, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    (plain_EH, one), (scaled_EH, tenth) = (folded(tmp_path, gates, scale) for scale in (1.0, 0.1))
+    assert tenth == pytest.approx(one / 10)
+    assert torch.allclose(plain_EH, scaled_EH, rtol=0, atol=1e-6)
 
 
 def test_where_no_expert_is_dominant_all_weights_are_zero() -> None:
