@@ -28,11 +28,11 @@ class Calm(NamedTuple):
     spans: dict[str, float]
 
 
-class Halfway(random.Random):
-    """Draws devices by its seed; every moment is the middle of its span, so that no fault comes after the end."""
+class Early(random.Random):
+    """Draws devices by its seed; every moment is a quarter of its span: before the end, also where the machine has got faster."""
 
     def uniform(self, a: float, b: float) -> float:
-        return (a + b) / 2
+        return (3 * a + b) / 4
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calm]:
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_no_fault_loses_an_upload_trains_twice_or_changes_a_byte(name: str, calm: Calm) -> None:
-    row = inject(name, 0, World(calm.layout, calm.fleet, Halfway(name), calm.spans), calm.expected)
+    row = inject(name, 0, World(calm.layout, calm.fleet, Early(name), calm.spans), calm.expected)
     assert row.injected
     assert row.lost == []
     assert row.twice == []
