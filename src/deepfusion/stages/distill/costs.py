@@ -13,9 +13,11 @@ from deepfusion.stages.distill.base import Exits, Rule
 @torch.no_grad()
 def rule_flops_per_token(rule: Rule, student: PreTrainedConfig, teacher: PreTrainedConfig, length: int) -> int:
     """Of the forward pass of what the rule attaches for one teacher, counted on one sequence of `length` tokens."""
-    attached = rule.attach(student, teacher, sequence_length=length, seed=0)
+    with torch.device("meta"):
+        attached = rule.attach(student, teacher, sequence_length=length, seed=0)
     if attached is None:
         return 0
+    attached.to_empty(device="cpu")  # the values do not matter: weights that nobody writes take no memory
     ours, theirs = (
         [torch.zeros(1, length, int(config.hidden_size)) for _ in taps]
         for config, taps in ((student, attached.student_taps), (teacher, attached.teacher_taps))

@@ -251,7 +251,7 @@ def _info_nce(guess_NR: torch.Tensor, target_NR: torch.Tensor) -> torch.Tensor:
 
 def _initialise(adapter: VaaAdapter, seed: int) -> VaaAdapter:
     """Weights out of their own generator: uniform within 1/sqrt(fan-in), norms 1 and 0, layer shares equal."""
-    adapter.to_empty(device="cpu")
+    adapter.to_empty(device=torch.get_default_device())
     generator = torch.Generator().manual_seed(seed)
     for module in adapter.modules():
         if isinstance(module, nn.Linear):
