@@ -7,17 +7,65 @@ read of public text is read in the same order, at the same rates (baselines, sec
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Self
 
+from deepfusion.data.options import DataOptions
 from deepfusion.data.packing import PackedText
+from deepfusion.devices.fleet import FleetOptions
 from deepfusion.methods import assembly, exchange, reading
-from deepfusion.methods.base import Site
+from deepfusion.methods.base import Site, TargetOptions, family_faults, precision_faults
+from deepfusion.methods.budget import Budget
 from deepfusion.stages.tune import TuneOptions
 from deepfusion.training import derive_seed
 
 PREFIX = "reference/"
 JUDGED_ON = 128
 """Public documents that warm starts are compared on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beginning:
+    """What a method is told that trains the MoE itself: from M_0, a training on public text and a last tuning on it.
+
+    Attributes:
+        noise: on the copies of the base's FFN that the experts start as, see [merge].
+        warm_start: [warm_start] checkpoints of the fleet's architectures; the MoE's base is the best that grows to its size.
+        training: [training] on public text, before the devices' part.
+        tune: [tune] of the last model on public text; there are no teachers.
+    """
+
+    noise: float = 0.01
+    warm_start: exchange.WarmStart = field(default_factory=exchange.WarmStart)
+    training: assembly.TextTraining = field(default_factory=partial(assembly.TextTraining, steps=0))
+    tune: TuneOptions = field(default_factory=TuneOptions)
+
+    @classmethod
+    def beside(cls, budget: Budget) -> Self:
+        """The same warm start and tuning; what DeepFusion reads in its distillation is read in the training."""
+        return cls(warm_start=budget.warm_start, training=budget.training, tune=budget.tune)
+
+    def faults_with(self, devices: FleetOptions, data: DataOptions, target: TargetOptions) -> Iterator[str]:
+        """See `Method.faults_with`."""
+        yield from precision_faults(
+            {
+                "warm_start.training": self.warm_start.training,
+                "training.optimisation": self.training.optimisation,
+                "tune.optimisation": self.tune.optimisation,
+            }
+        )
+        yield from family_faults(data, target)
+
+    def start(self, site: Site) -> Path:
+        """M_0 of this method."""
+        return first_base(site, self.warm_start)
+
+    def reference(self, site: Site) -> Path:
+        """The same MoE without the devices."""
+        return reference(site, self.start(site), self.training, self.noise, self.tune)
 
 
 def first_base(site: Site, warm_start: exchange.WarmStart) -> Path:

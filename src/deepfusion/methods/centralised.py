@@ -7,10 +7,10 @@ others' M_0, and reads as many public tokens as their server, and beside them as
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,40 +18,28 @@ from transformers import PreTrainedConfig
 
 from deepfusion.artifacts import file_digest, key_of
 from deepfusion.data.mixed import MixedText
-from deepfusion.data.options import DataOptions
 from deepfusion.data.packing import PackedText
 from deepfusion.devices.device import Device
-from deepfusion.devices.fleet import FleetOptions
 from deepfusion.devices.memory import forward_flops_per_token
 from deepfusion.errors import UploadError
 from deepfusion.federation.payload import read_file
 from deepfusion.methods import assembly, beginning, exchange
-from deepfusion.methods.base import Site, TargetOptions, Training, family_faults, methods, precision_faults
-from deepfusion.methods.budget import Budget, Shapes, Work, rows, work
+from deepfusion.methods.base import Site, Training, methods
+from deepfusion.methods.budget import Shapes, Work, rows, work
 from deepfusion.stages.local import steps_for
-from deepfusion.stages.tune import TuneOptions
 from deepfusion.training import derive_seed
 from deepfusion.types import Call, Corpus, Payload
 
 
 @methods.register("centralised")
 @dataclass(frozen=True, kw_only=True)
-class Centralised:
+class Centralised(beginning.Beginning):
     """One MoE trained on everybody's text, public and private together: a base copied to the experts, all trained, then tuned.
 
-    Attributes:
-        noise: on the copies of the base's FFN, see [merge].
-        warm_start: [warm_start] checkpoints of the fleet's architectures; the MoE's base is the best that grows to its size.
-        training: [training] of the MoE, on public text; steps for the private text come on top.
-        tune: [tune] how the MoE is tuned; there are no teachers.
+    Steps of its [training] are of public text; steps for the private text come on top.
     """
 
     stages: ClassVar[tuple[str, ...]] = ("data", "uploads", "initial", "merged", "trained", "moe")
-
-    noise: float = 0.01
-    warm_start: exchange.WarmStart = field(default_factory=exchange.WarmStart)
-    training: assembly.TextTraining
-    tune: TuneOptions = field(default_factory=TuneOptions)
 
     @property
     def trains_privately(self) -> bool:
@@ -78,8 +66,9 @@ class Centralised:
         public = PackedText(site.data.public, site.sequence_length, derive_seed(site.seed, "public"))
         private = PackedText(corpus, site.sequence_length, derive_seed(site.seed, "private"))
         text = MixedText(public, private, read / whole)
-        base = beginning.first_base(site, self.warm_start)
-        start = assembly.upcycled(site, "", text, base, digests, training=replace(first, steps=0), noise=self.noise)
+        start = assembly.upcycled(
+            site, "", text, self.start(site), digests, training=replace(first, steps=0), noise=self.noise
+        )
         options = replace(last, steps=steps, optimisation=first.optimisation, experts="train", expert_rate=1.0)
         moe = assembly.tuned_on_text(site, "trained", start, text, assembly.digests(start), digests, options=options)
         return assembly.tuned_on_text(site, "moe", moe, text, assembly.digests(moe), options=last)
@@ -101,11 +90,6 @@ class Centralised:
         read = steps * fleet.training.batch_size * fleet.training.accumulate * length
         return _corpus(payloads), read, [file_digest(path) for path in files.values()]
 
-    def reference(self, site: Site) -> Path:
-        """The same MoE from public text alone, as for every method."""
-        start = beginning.first_base(site, self.warm_start)
-        return beginning.reference(site, start, self.training, self.noise, self.tune)
-
     def trainings(self, own: PreTrainedConfig, target: PreTrainedConfig) -> tuple[Training, ...]:
         """Devices train nothing."""
         return ()
@@ -121,22 +105,6 @@ class Centralised:
             work(self.tune.steps, self.tune.optimisation, shapes, shapes.target),
             Work(shapes.private, each),
         )
-
-    @classmethod
-    def beside(cls, budget: Budget) -> Self:
-        """The same trainings; steps for the private text come on top."""
-        return cls(warm_start=budget.warm_start, training=budget.training, tune=budget.tune)
-
-    def faults_with(self, devices: FleetOptions, data: DataOptions, target: TargetOptions) -> Iterator[str]:
-        """See `Method.faults_with`."""
-        yield from precision_faults(
-            {
-                "warm_start.training": self.warm_start.training,
-                "training.optimisation": self.training.optimisation,
-                "tune.optimisation": self.tune.optimisation,
-            }
-        )
-        yield from family_faults(data, target)
 
 
 def _joined(parts: Sequence[np.ndarray], dtype: type[np.generic]) -> np.ndarray:

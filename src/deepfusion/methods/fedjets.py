@@ -59,14 +59,8 @@ class FedJets(rounds.Rounds):
     """
 
     stages: ClassVar[tuple[str, ...]] = (
-        "data",
-        "initial",
-        "reference/trained",
-        "reference/merged",
-        "anchors",
-        "rounds",
-        "moe",
-    )
+        "data", "initial", "reference/trained", "reference/merged", "anchors", "rounds", "moe",
+    )  # fmt: skip
 
     hosted_experts: int = 2
     anchors: bool = True

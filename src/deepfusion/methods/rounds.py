@@ -10,30 +10,27 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from deepfusion.artifacts import key_of
-from deepfusion.data.options import DataOptions
 from deepfusion.data.packing import PackedText
 from deepfusion.devices import configurations, models
 from deepfusion.devices.device import Device
-from deepfusion.devices.fleet import DeviceCard, FleetOptions
+from deepfusion.devices.fleet import DeviceCard
 from deepfusion.errors import DropoutError
 from deepfusion.federation.payload import check_metadata, check_state, read_file, read_metadata
 from deepfusion.methods import assembly, beginning, exchange
-from deepfusion.methods.base import Site, TargetOptions, Training, family_faults, precision_faults
-from deepfusion.methods.budget import Budget, Shapes, Work, work
+from deepfusion.methods.base import Site, Training
+from deepfusion.methods.budget import Shapes, Work, work
 from deepfusion.moe.routing import Penalty
 from deepfusion.robust import credible
 from deepfusion.stages.proxy import MODEL
-from deepfusion.stages.tune import TuneOptions
 from deepfusion.training import derive_seed
 from deepfusion.types import Call, Payload, State
 
@@ -86,36 +83,13 @@ class RoundOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rounds(RoundOptions):
-    """A method in rounds from a MoE that public text has taught, to a last tuning on public text.
-
-    Attributes:
-        noise: on the copies of the base's FFN that the experts start as, see [merge].
-        warm_start: [warm_start] checkpoints of the fleet's architectures; the MoE's base is the best that grows to its size.
-        training: [training] of that base on public text, before it is copied to the experts and the rounds begin.
-        tune: [tune] of the last model on public text; there are no teachers.
-    """
-
-    noise: float = 0.01
-    warm_start: exchange.WarmStart = field(default_factory=exchange.WarmStart)
-    training: assembly.TextTraining = field(default_factory=partial(assembly.TextTraining, steps=0))
-    tune: TuneOptions = field(default_factory=TuneOptions)
+class Rounds(beginning.Beginning, RoundOptions):
+    """A method in rounds from a MoE that public text has taught, to a last tuning on public text."""
 
     @property
     def trains_privately(self) -> bool:
         """No: a round's part would have to be charged with those before it, and some answers tell more than a model."""
         return False
-
-    def faults_with(self, devices: FleetOptions, data: DataOptions, target: TargetOptions) -> Iterator[str]:
-        """See `Method.faults_with`."""
-        yield from precision_faults(
-            {
-                "warm_start.training": self.warm_start.training,
-                "training.optimisation": self.training.optimisation,
-                "tune.optimisation": self.tune.optimisation,
-            }
-        )
-        yield from family_faults(data, target)
 
     def server_work(self, shapes: Shapes) -> tuple[Work, ...]:
         """The base's training before the rounds, and the last tuning."""
@@ -124,28 +98,18 @@ class Rounds(RoundOptions):
             work(self.tune.steps, self.tune.optimisation, shapes, shapes.target),
         )
 
-    @classmethod
-    def beside(cls, budget: Budget) -> Self:
-        """What DeepFusion reads in its distillation is read before the rounds."""
-        return cls(warm_start=budget.warm_start, training=budget.training, tune=budget.tune)
-
     def begin(self, site: Site) -> Path:
-        """The MoE that the first round sends."""
-        return beginning.taught(site, beginning.first_base(site, self.warm_start), self.training, self.noise)
+        """The MoE that the first round sends: experts that are copies of the base, which public text has taught."""
+        return beginning.taught(site, self.start(site), self.training, self.noise)
 
     def common_expert(self, site: Site) -> Path:
         """The base that all experts are copies of, once `begin` has made it."""
-        return beginning.common_expert(site, beginning.first_base(site, self.warm_start), self.training)
+        return beginning.common_expert(site, self.start(site), self.training)
 
     def finish(self, site: Site, moe: Path) -> Path:
         """Tune the last round's MoE on public text."""
         text = PackedText(site.data.public, site.sequence_length, derive_seed(site.seed, "public"))
         return assembly.tuned_on_text(site, "moe", moe, text, assembly.digests(moe), options=self.tune)
-
-    def reference(self, site: Site) -> Path:
-        """The same without the rounds."""
-        start = beginning.first_base(site, self.warm_start)
-        return beginning.reference(site, start, self.training, self.noise, self.tune)
 
 
 def run_round(
