@@ -19,7 +19,7 @@ from deepfusion.federation.messages import run_client
 from deepfusion.fleet.job import job_payload
 from deepfusion.fleet.layout import Layout, init_fleet
 from deepfusion.record import Record
-from deepfusion.run import open_folder
+from deepfusion.run import open_folder, prepare_data
 from small_world import small_tree
 
 QUICK = dict.fromkeys(("public_only", "devices", "proxies", "students"), False)
@@ -120,6 +120,7 @@ def serve_fleet(
     config = server_config(layout, *overrides)
     with open_folder(config, layout.server / "run", resume=resume) as folder:
         return serve(
-            config, folder, wires, wires.nodes, timeout=config.federation.timeout_seconds, until=until, tell=tell,
+            config, folder, prepare_data(config, folder), wires, wires.nodes, until=until, tell=tell,
+            timeout=config.federation.timeout_seconds,
             job=lambda card: job_payload(config, folder.path, card.model.name),
         )  # fmt: skip

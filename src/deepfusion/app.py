@@ -21,6 +21,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from deepfusion.artifacts import RunFolder
 from deepfusion.config import RunConfig, load_config
+from deepfusion.data.prepare import PreparedData
 from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import DeviceCard, cards
 from deepfusion.federation.apart import PulledApart
@@ -124,15 +125,14 @@ def _serve_a_fleet(grid: Grid, context: Context) -> None:
         with (
             open_folder(config, run, resume=resume, token=token) as folder,
             Roll(folder / ROLL, server.nodes).watching(grid.get_node_ids) as roll,
-            closing(
-                PulledApart(grid, Replies(grid, largest_reply(config, prepare_data(config, folder))).pull)
-            ) as apart,
         ):
-            serve(
-                config, folder, apart, server.nodes(), look_up=server.nodes, until=until, tell=roll.tell,
-                timeout=config.federation.timeout_seconds,
-                job=lambda card: job_payload(config, folder.path, card.model.name),
-            )  # fmt: skip
+            data = prepare_data(config, folder)
+            with closing(PulledApart(grid, Replies(grid, largest_reply(config, data)).pull)) as apart:
+                serve(
+                    config, folder, data, apart, server.nodes(), look_up=server.nodes, until=until, tell=roll.tell,
+                    timeout=config.federation.timeout_seconds,
+                    job=lambda card: job_payload(config, folder.path, card.model.name),
+                )  # fmt: skip
 
 
 @lru_cache(maxsize=4)
@@ -174,7 +174,8 @@ def _serve_here(config: RunConfig, folder: RunFolder, until: str | None, progres
 
     def main(grid: Grid, _context: Context) -> None:
         assert isinstance(grid, LocalGrid)
-        record = serve(config, folder, grid, grid.nodes, in_flight=grid.in_flight, until=until, progress=progress)
+        data = prepare_data(config, folder, progress)
+        record = serve(config, folder, data, grid, grid.nodes, in_flight=grid.in_flight, until=until, progress=progress)
         results.extend([record] if record else [])
 
     options = config.federation
@@ -196,6 +197,7 @@ def _serve_here(config: RunConfig, folder: RunFolder, until: str | None, progres
 def serve(
     config: RunConfig,
     folder: RunFolder,
+    data: PreparedData,
     grid: Wire,
     nodes: dict[str, int],
     *,
@@ -210,6 +212,7 @@ def serve(
     """The server's whole work over any Flower grid; returns the record, or None when stopped by `until`.
 
     Args:
+        data: the run's text, as `prepare_data` has put it into the folder.
         nodes: node id of each device.
         in_flight, timeout, look_up, tell: see `Door`; a local grid has a timeout of its own.
         job: what each device is told of the run, where it has no part of the server's folder.
@@ -224,7 +227,6 @@ def serve(
         progress=progress,
     )  # fmt: skip
     try:
-        data = prepare_data(config, folder, progress)
         site = make_site(config, folder, data, progress=progress, note=notes, until=until, failures=door.failures)
         moe = config.method.server(site, door)
     except StageReached:

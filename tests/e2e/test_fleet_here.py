@@ -26,7 +26,7 @@ from deepfusion.federation.payload import encode
 from deepfusion.fleet import job
 from deepfusion.fleet.device_file import load_device
 from deepfusion.fleet.layout import Layout
-from deepfusion.run import open_folder
+from deepfusion.run import open_folder, prepare_data
 from deepfusion.stages.embed import FrozenEncoder
 from fleet_world import IDS, Wires, failing, make_fleet, result_bytes, serve_fleet, server_config
 
@@ -302,7 +302,7 @@ def test_a_request_that_takes_too_long_is_ended_by_the_device(layout: Layout) ->
         @server.main()
         def main(_grid: Grid, _context: Context) -> None:
             serve(
-                config, folder, grid, grid.nodes, until="uploads", timeout=300,
+                config, folder, prepare_data(config, folder), grid, grid.nodes, until="uploads", timeout=300,
                 tell=lambda device, state, reason: failures.update({device: reason}),
                 job=lambda card: job.job_payload(config, folder.path, card.model.name),
             )  # fmt: skip
