@@ -96,10 +96,10 @@ class Replies:
         except ObjectPullError as error:
             return self._failed(message_id, ErrorCode.MESSAGE_UNAVAILABLE, f"its reply has not arrived whole: {error}")
         except UploadError as error:
-            return self._failed(message_id, ErrorCode.UNKNOWN, str(error))
+            return self._failed(message_id, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error))
         except Exception as error:  # a parser's, of what a device has written: it may be any
             reason = f"its reply cannot be read ({type(error).__name__}: {error}); {_CURE}"
-            return self._failed(message_id, ErrorCode.UNKNOWN, reason)
+            return self._failed(message_id, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
 
     def _pull(self, message_id: str) -> Message | None:
         found = self._ask(PullAppMessagesRequest(message_ids=[message_id]))
