@@ -209,6 +209,7 @@ def test_help_explains_arguments_and_gives_examples(
     (("generate", "nowhere", "hello"), "nowhere"),
     (("generate", "/nowhere/model", "hello"), "/nowhere/model: no such folder"),
     (("generate", "tests/nowhere", "hello"), "tests/nowhere: no such folder"),
+    (("generate", "./elsewhere/nowhere", "hello"), "./elsewhere/nowhere: no such folder"),
     (("distill", "--student", "nowhere", "--data", "x.jsonl", "--out", "never"), "nowhere"),
     (("merge", "nowhere", "--family", "qwen2_moe", "--out", "never"), "nowhere"),
 ])  # fmt: skip

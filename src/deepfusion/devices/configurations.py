@@ -177,9 +177,9 @@ def _check_folder(source: str | Path) -> None:
     if folder.exists() and not (folder / "config.json").exists():
         cure = f"did you mean {moe}?" if (moe / "config.json").exists() else "give a folder that save_pretrained made"
         raise ModelError(f"{source}: no config.json in it; {cure}")
-    # Hub names are "name" or "owner/name"; whatever lies in a folder that is here is meant to be here.
+    # Hub names are "name" or "owner/name"; "./name" is none, and whatever lies in a folder that is here is meant to be here.
     local = len(folder.parts) > 1 and (len(folder.parts) > 2 or folder.is_absolute() or folder.parent.is_dir())
-    if local and not folder.exists():
+    if (local or str(source).startswith(".")) and not folder.exists():
         raise ModelError(f"{source}: no such folder; check the path")
 
 
