@@ -5,6 +5,7 @@
     python benchmarks/study/study.py                                   every row of rows.toml, seeds 0 1 2, then the table
     python benchmarks/study/study.py --rows main "no features" --seeds 0
     python benchmarks/study/study.py --table                           the table of the results so far
+    python benchmarks/study/study.py --name short --set distillation.steps=150 tune.steps=50     another size, under a name
 
 Each row and seed is a run folder of its own under --out. It starts as a copy of the seed's main run, whose stages are not
 done again where their options are the same. A result that is in --results already is not measured again, so the study
@@ -20,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tomllib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
@@ -33,6 +35,7 @@ from table import table
 from deepfusion.artifacts import start_from
 from deepfusion.data.prepare import load_corpus
 from deepfusion.devices.models import load
+from deepfusion.schema import read_toml
 from deepfusion.stages.evaluate import by_domain, score_documents
 
 HERE = Path(__file__).parent
@@ -57,9 +60,9 @@ class Row:
         """Its name as part of a path."""
         return "-".join("".join(c if c.isalnum() else " " for c in self.name.lower()).split())
 
-    def config(self, base: Path) -> dict[str, Any]:
-        """The whole configuration as nested tables."""
-        tree = {key: value for key, value in tomllib.loads(base.read_text()).items() if key not in self.drop}
+    def config(self, base: Path, more: Sequence[str] = ()) -> dict[str, Any]:
+        """The whole configuration as nested tables; `more` are overrides of the base, as of `deepfusion run --set`."""
+        tree = {key: value for key, value in read_toml(base, more).items() if key not in self.drop}
         for path, value in {**self.change, "seed": self.seed}.items():
             *sections, key = path.split(".")
             table = tree
@@ -85,10 +88,10 @@ def read_rows(seeds: list[int], names: list[str]) -> list[Row]:
     return sorted(found, key=lambda row: row.name != "main")
 
 
-def run(row: Row, out: Path, results: Path, threads: int) -> None:
+def run(row: Row, more: Sequence[str], out: Path, results: Path, threads: int) -> None:
     """Make the row's run unless its result is there, and write the result."""
     target = results / f"{row.slug}-seed-{row.seed}.json"
-    tree = row.config(CONFIG)
+    tree = row.config(CONFIG, more)
     if target.exists() and json.loads(target.read_text())["config"] == tree:
         return
     folder, main = out / f"seed-{row.seed}" / row.slug, out / f"seed-{row.seed}" / "main"
@@ -144,20 +147,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", default=[], help="names of rows; all when left out")
+    parser.add_argument(
+        "--set", nargs="+", default=[], dest="more", help="another size for all rows: section.key=value"
+    )
+    parser.add_argument("--name", default="", help="of the study of that size")
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="run folders")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="rows at a time")
     parser.add_argument("--table", action="store_true", help="measure nothing, print the table")
     asked = parser.parse_args()
-    rows = read_rows(asked.seeds, asked.rows)
+    if asked.more and not asked.name:
+        parser.error("--set: results of another size lie apart; say with --name what they are to be called")
+    rows, out, results = read_rows(asked.seeds, asked.rows), asked.out / asked.name, asked.results / asked.name
     if not asked.table:
         threads = max(1, (os.cpu_count() or 1) // asked.jobs)
         torch.set_num_threads(threads)
         for wave in (True, False):  # the other rows start from their seed's main run
             with ThreadPoolExecutor(asked.jobs) as pool:
                 mine = [row for row in rows if (row.name == "main") == wave]
-                list(pool.map(lambda row: run(row, asked.out, asked.results, threads), mine))
-    print(table(asked.results, [row.name for row in read_rows([0], [])]))
+                list(pool.map(lambda row: run(row, asked.more, out, results, threads), mine))
+    print(table(results, [row.name for row in read_rows([0], [])]))
 
 
 if __name__ == "__main__":
