@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from typing import Any
 
@@ -98,6 +99,12 @@ class SuperLink:
 
     def send(self, told: ProtoMessage, objects: Objects, name: str, tree: ObjectTree | None = None) -> None:
         """Push objects as a device does, the outermost one's id being `name`."""
+        deque(self.send_slowly(told, objects, name, tree), maxlen=0)
+
+    def send_slowly(
+        self, told: ProtoMessage, objects: Objects, name: str, tree: ObjectTree | None = None
+    ) -> Iterator[str]:
+        """The same, one object at a time: announces the reply, then pushes an object and yields its id."""
         told.metadata.message_id = name
         node = Node(node_id=told.metadata.src_node_id)
         request = PushMessagesRequest(
@@ -113,6 +120,7 @@ class SuperLink:
                 session_id=pushed.session_id,
             )
             assert fleet_handlers.push_object(one, self.state).stored
+            yield each
 
 
 def reply(request: Message, blob: bytes) -> tuple[ProtoMessage, Objects, str]:

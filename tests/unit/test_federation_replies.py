@@ -17,7 +17,7 @@ from flwr.app import Error, Message
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE, SUPERLINK_NODE_ID
 from flwr.common.serde import message_to_proto
 from flwr.proto.fleet_pb2 import PushMessagesRequest
-from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.message_pb2 import ObjectTree, PullObjectRequest, PullObjectResponse
 from flwr.superlink.servicer.fleet import fleet_handlers
 
 from deepfusion.errors import FederationError, UploadError
@@ -190,6 +190,46 @@ def test_a_malformed_reply_is_an_error_of_its_device_that_says_why(name: str, li
     assert got.metadata.reply_to_message_id == message.metadata.message_id
     assert got.error.code not in DROPOUTS  # or it would be asked again, or such a round be passed over
     assert re.search(said, got.error.reason)
+
+
+def test_nobody_waits_for_the_rest_of_a_reply(link: SuperLink) -> None:
+    """Every object is asked for until it is there, and fetched once more when all are."""
+    fetched: list[str] = []
+    pull = link.PullObject
+
+    def counted(request: PullObjectRequest) -> PullObjectResponse:
+        found = pull(request)
+        fetched.extend([request.object_id] if found.object_available else [])
+        return found
+
+    link.__dict__["PullObject"] = counted
+    slow, quick = ask(link, "a"), ask(link, "b")
+    replies = Replies(link.grid, MOST)
+    told, objects, name = reply(slow, BLOB)
+    other = reply(quick, BLOB[::-1])
+    link.send(*other)
+    for number, _ in enumerate(link.send_slowly(told, objects, name), 1):
+        if number < len(objects.keys() - other[1].keys()):
+            assert replies.pull(slow.metadata.message_id) is None
+        if number == 1:
+            assert replies.pull(quick.metadata.message_id) is not None
+    got = replies.pull(slow.metadata.message_id)
+    assert got is not None
+    assert bytes(unpack(got, "a")) == BLOB
+    assert all(fetched.count(each) <= 2 for each in objects.keys() - other[1].keys())
+
+
+def test_a_reply_of_which_the_superlink_has_forgotten_a_part_is_asked_for_again(link: SuperLink) -> None:
+    message = ask(link)
+    told, objects, name = reply(message, BLOB)
+    replies, sending = Replies(link.grid, MOST), link.send_slowly(told, objects, name)
+    next(sending)
+    assert replies.pull(message.metadata.message_id) is None
+    link.state.object_store.delete(name)
+    got = replies.pull(message.metadata.message_id)
+    assert got is not None
+    assert got.error.code in TRANSPORT_ERRORS
+    assert "its reply has not arrived whole, and will not" in got.error.reason
 
 
 def test_objects_nested_a_thousand_deep_are_refused_where_no_limit_is_known(link: SuperLink) -> None:

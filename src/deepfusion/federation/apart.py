@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A SuperLink's grid of which every reply is pulled in a thread of its own: half an upload keeps no other one waiting."""
+"""A SuperLink's grid of which every reply is pulled in a thread of its own: a large upload keeps no other one waiting."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from deepfusion.federation.door import Wire
 class PulledApart:
     """The same grid, whose `pull_messages` never waits.
 
-    Flower's own waits up to three minutes for a reply of which its node has sent only a part. At most `threads` replies
-    are being pulled or lie here unfetched, which bounds the memory; whoever was asked for longest ago is asked for next, so
-    that silent devices keep nobody waiting.
+    At most `threads` replies are being pulled or lie here unfetched, which bounds the memory; whoever was asked for longest ago
+    is asked for next, so that silent devices keep nobody waiting.
     """
 
     def __init__(self, grid: Wire, pull: Callable[[str], Message | None], threads: int = 8) -> None:
         """Start no thread yet.
 
         Args:
-            pull: the reply to a message, None while there is none; see `Replies`.
+            pull: the reply to a message, None while it is not here as a whole; see `Replies`.
             threads: replies at a time.
         """
         self._grid, self._pull, self._threads = grid, pull, threads

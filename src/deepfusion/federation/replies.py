@@ -10,8 +10,8 @@ loses every message that came with it.
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -19,14 +19,18 @@ import httpx
 from flwr.app import Error, Message, Metadata
 from flwr.app.message import make_message
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE, SUPERLINK_NODE_ID, ErrorCode
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 from flwr.serverapp import Grid
 from flwr.supercore.constant import HEAD_BODY_DIVIDER, SYSTEM_MESSAGE_TYPE
 from flwr.supercore.date import now
 from flwr.supercore.inflatable.inflatable_object import get_object_head_values_from_object_content, iterate_object_tree
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
-from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, inflate_object_from_contents, pull_objects
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectUnavailableError,
+    inflate_object_from_contents,
+)
 
 from deepfusion.errors import FederationError, UploadError
 
@@ -50,8 +54,28 @@ _STUMBLED = 500
 _CURE = "answer it with `door.answer`"
 
 
+@dataclass(frozen=True)
+class _Arriving:
+    """A reply that its device has announced and perhaps not sent as a whole yet.
+
+    Attributes:
+        name: id of the outermost object.
+        here: what tells the SuperLink that we have it.
+        ids: of all its objects.
+        seen: bytes of those that have arrived.
+    """
+
+    name: str
+    here: ConfirmMessageReceivedRequest
+    ids: list[str]
+    seen: dict[str, int] = field(default_factory=dict)
+
+
 class Replies:
-    """A SuperLink's replies, one at a time. Whatever a device has written, it costs that device's reply and no other."""
+    """A SuperLink's replies, one at a time. Whatever a device has written, it costs that device's reply and no other.
+
+    Nobody waits for the rest of a reply (Flower would, for up to two hours): what has not arrived whole is asked for again.
+    """
 
     def __init__(self, grid: Grid, most: int | None = None) -> None:
         """Check that this Flower's grid is the one that this is made for.
@@ -77,9 +101,10 @@ class Replies:
                 f"this flwr reaches its SuperLink in another way ({error}); install flwr>=1.41,<1.42"
             ) from error
         self._most = most
+        self._arriving: dict[str, _Arriving] = {}
 
     def pull(self, message_id: str) -> Message | None:
-        """The reply to this message, None while there is none; where it cannot be used, one with an error that says why.
+        """The reply to this message, None while it is not here whole; where it cannot be used, one with an error that says why.
 
         Raises:
             httpx.HTTPError: the SuperLink cannot be reached, or does not answer to us.
@@ -94,7 +119,8 @@ class Replies:
         except (httpx.HTTPError, OSError):
             raise
         except ObjectPullError as error:
-            return self._failed(message_id, ErrorCode.MESSAGE_UNAVAILABLE, f"its reply has not arrived whole: {error}")
+            reason = f"its reply has not arrived whole, and will not: {error}"
+            return self._failed(message_id, ErrorCode.MESSAGE_UNAVAILABLE, reason)
         except UploadError as error:
             return self._failed(message_id, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error))
         except Exception as error:  # a parser's, of what a device has written: it may be any
@@ -102,49 +128,59 @@ class Replies:
             return self._failed(message_id, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
 
     def _pull(self, message_id: str) -> Message | None:
+        arriving = self._arriving.get(message_id) or self._announced(message_id)
+        if arriving is None:
+            return None
+        self._arriving[message_id] = arriving
+        try:
+            contents = self._contents(arriving)
+        except ObjectUnavailableError:
+            return None
+        except UploadError:
+            self._confirm(arriving.here)  # the SuperLink need not keep it
+            raise
+        self._confirm(arriving.here)
+        del self._arriving[message_id]
+        message = unpacked(arriving.name, contents, self._most)
+        if message.metadata.reply_to_message_id != message_id:
+            raise UploadError("its reply claims to answer another message than it was sent for; " + _CURE)
+        return message
+
+    def _announced(self, message_id: str) -> _Arriving | None:
+        """The reply that has been announced; the SuperLink says it once."""
         found = self._ask(PullAppMessagesRequest(message_ids=[message_id]))
         for told, tree in zip(found.messages_list, found.message_object_trees, strict=True):
             if told.metadata.reply_to_message_id != message_id:  # a device has sent it to the server unasked
                 continue
             name = told.metadata.message_id
             here = ConfirmMessageReceivedRequest(node=self._node, run_id=self._run_id, message_object_id=name)
-            try:
-                contents = self._contents(tree)
-            except UploadError:
-                self._confirm(here)  # the SuperLink need not keep it
-                raise
-            self._confirm(here)
-            message = unpacked(name, contents, self._most)
-            if message.metadata.reply_to_message_id != message_id:
-                raise UploadError("its reply claims to answer another message than it was sent for; " + _CURE)
-            return message
+            few = None if self._most is None else _OTHERS + 1 + self._most // FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
+            ids = [each.object_id for each in islice(iterate_object_tree(tree), None if few is None else few + 1)]
+            if few is not None and len(ids) > few:
+                self._confirm(here)
+                raise UploadError(f"its reply is of more than {few:,} objects, over the limit in this run; {_CURE}")
+            return _Arriving(name, here, list(dict.fromkeys(ids)))
         return None
 
-    def _contents(self, tree: ObjectTree) -> dict[str, bytes]:
-        """The bytes of every object of a reply, by its id.
+    def _contents(self, arriving: _Arriving) -> dict[str, bytes]:
+        """The bytes of every object of a reply, by its id; those that were seen are fetched once all have arrived.
 
         Raises:
             UploadError: they are more than a reply may weigh.
-            ObjectPullError: some have not come.
+            ObjectUnavailableError: not all of them have arrived yet.
+            ObjectPullError: some never will.
         """
-        few = None if self._most is None else _OTHERS + 1 + self._most // FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
-        ids = [each.object_id for each in islice(iterate_object_tree(tree), None if few is None else few + 1)]
-        if few is not None and len(ids) > few:
-            raise UploadError(f"its reply is of more than {few:,} objects, over the limit in this run; {_CURE}")
-        pull_one = make_pull_object_fn_protobuf(self._fetch, self._node, self._run_id)
-        weight, lock = 0, threading.Lock()
-
-        def pull(object_id: str) -> bytes:
-            nonlocal weight
-            content = pull_one(object_id)
-            with lock:
-                weight += len(content)
-                _check_weight(weight, self._most)
-            return content
-
-        return pull_objects(list(dict.fromkeys(ids)), pull)
+        fetch = make_pull_object_fn_protobuf(self._fetch, self._node, self._run_id)
+        contents: dict[str, bytes] = {}
+        for object_id in arriving.ids:
+            if object_id not in arriving.seen:
+                contents[object_id] = fetch(object_id)
+                arriving.seen[object_id] = len(contents[object_id])
+                _check_weight(sum(arriving.seen.values()), self._most)
+        return contents | {object_id: fetch(object_id) for object_id in arriving.ids if object_id not in contents}
 
     def _failed(self, message_id: str, code: int, reason: str) -> Message:
+        self._arriving.pop(message_id, None)
         metadata = Metadata(
             run_id=self._run_id, message_id="", src_node_id=SUPERLINK_NODE_ID, dst_node_id=SUPERLINK_NODE_ID,
             reply_to_message_id=message_id, group_id="", created_at=now().timestamp(), ttl=0,
