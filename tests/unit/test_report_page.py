@@ -25,6 +25,7 @@ from deepfusion.record import (
     Metrics,
     ModelMetrics,
     Record,
+    RoundRecord,
 )  # fmt: skip
 from deepfusion.report.events import write_events
 from deepfusion.report.page import write_report
@@ -137,6 +138,15 @@ def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
     assert "Map of the devices" not in text
     assert "public text only" not in text
     assert "Quality on test text" in text
+
+
+def test_who_has_no_room_for_the_model_has_failed_in_every_round(tmp_path: Path) -> None:
+    told = RoundRecord(asked=5, answered=4, by_budget={"2": (3, 2), "8": (2, 2)})
+    record = sample().model_copy(
+        update={"round_records": [told], "failures": {"device-009": "too large", "device-001": "gone"}}
+    )
+    page, _ = page_of([record], tmp_path)
+    assert '<td>5</td><td>2</td><td class="left">2 experts: 1 of 3; too little memory to be asked: 1</td>' in page
 
 
 def test_several_runs_are_compared_on_one_page(tmp_path: Path) -> None:

@@ -144,16 +144,20 @@ def _cost_charts(record: Record) -> list[tuple[str, str, str]]:
 
 
 def _rounds(record: Record) -> list[dict[str, Any]]:
-    """A row for each round: quality, who answered and, with HFedMoE, what was used of the MoE."""
+    """A row for each round: quality, who failed and, with HFedMoE, what was used of the MoE.
+
+    A device that cannot hold what it would train is never asked, and has failed in every round.
+    """
     rows: list[dict[str, Any]] = []
+    unfit = len(record.failures.keys() - {device.id for device in record.devices})
     for number, told in enumerate(record.round_records):
         score = record.rounds[number] if number < len(record.rounds) else None
         failed = [
             f"{b} experts: {asked - came} of {asked}" for b, (asked, came) in told.by_budget.items() if came < asked
-        ]
+        ] + [f"too little memory to be asked: {unfit}"] * (unfit > 0)
         rows.append({
             "number": number + 1, "perplexity": score and score.perplexity, "accuracy": score and score.token_accuracy,
-            "asked": told.asked, "failed": told.asked - told.answered, "failed_text": "; ".join(failed),
+            "asked": told.asked, "failed": told.asked - told.answered + unfit, "failed_text": "; ".join(failed),
             "scale": told.gate_scale, "routed": told.routed, "trained": told.trained, "uploaded": told.uploaded,
         })  # fmt: skip
     return rows
