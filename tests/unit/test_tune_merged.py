@@ -20,7 +20,9 @@ from deepfusion.devices.features import read
 from deepfusion.devices.models import from_config, load, save
 from deepfusion.moe import families
 from deepfusion.moe.base import expert_parameters
+from deepfusion.moe.routing import balance_penalty
 from deepfusion.stages import tune as stage
+from deepfusion.stages.local import train_causal_lm
 from deepfusion.stages.tune import TuneOptions, domain_rows, tune, tuning_losses
 from deepfusion.training import Checkpoint, Optimisation
 from deepfusion.types import Batch, split_rows
@@ -100,6 +102,18 @@ def test_one_text_without_teachers_trains_by_cross_entropy_alone(world: World, t
     assert all(row["kl"] == 0 and row["loss"] == row["ce"] for row in history)
     run(world, tmp_path / "paper", domains=1, beta=0.0, balance=0.0)
     assert file_bytes(tmp_path / "kept") == file_bytes(tmp_path / "paper")
+
+
+def test_the_servers_training_is_a_devices_where_both_read_the_same_batches(world: World, tmp_path: Path) -> None:
+    """So centralised training on one device's text is FedAvg of that device (baselines, section 11, number 7)."""
+    run(world, tmp_path / "server", domains=1, teachers=[[]], experts="train", expert_rate=1.0, balance=0.01, steps=4)
+    model = load(moe(world))
+    penalty = balance_penalty(model, 0.01)
+    train_causal_lm(model, Rows(0), steps=4, optimisation=FAST, seed=9, label="device", penalty=penalty)  # type: ignore[arg-type]
+    before, server = load(moe(world)).state_dict(), load(tmp_path / "server").state_dict()
+    for name, tensor in model.state_dict().items():
+        moved = float((tensor - before[name]).abs().max())
+        torch.testing.assert_close(server[name], tensor, rtol=0, atol=1e-3 * moved, msg=name)
 
 
 def test_no_steps_leave_the_merged_weights_as_they_are(world: World, tmp_path: Path) -> None:
