@@ -5,13 +5,15 @@ Counted are uploads that were lost (gone, or sent again, once they lay in the sp
 results that are not the bytes of the undisturbed run. A run that a fault has stopped, or that went on without a device, is taken
 up with --resume once the fault is mended. What has been counted is kept in --out: a run that is cut off goes on.
 
-python benchmarks/faults.py [--repeats 10] [--seed 0] [--only NAME ...] [--out benchmarks/results/faults]
+python benchmarks/faults.py [--repeats 10] [--jobs 3] [--seed 0] [--only NAME ...] [--out benchmarks/results/faults]
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -19,7 +21,10 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
+from itertools import product
+from multiprocessing.queues import Queue
 from pathlib import Path
+from queue import Empty
 
 from fault_kinds import FAULTS, World
 
@@ -49,6 +54,10 @@ class Row:
     wrong: bool = False
     seconds: float = 0.0
     said: list[str] = field(default_factory=list[str])
+
+
+Found = tuple[Row, dict[str, float]]
+"""What a fault did, and the spans of the undisturbed run that its moment was drawn from."""
 
 
 class Watch:
@@ -149,34 +158,53 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def serve_faults(port: int, seed: int, tasks: Queue[tuple[int, str]], found: Queue[Found]) -> None:
+    """A fleet of its own that takes up one fault after another, until there are no more."""
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        layout = init_fleet(trial_config(SHORT, seed=0), Path(folder) / "fleet", port=port)
+        with fleet_on_this_machine(layout) as fleet:
+            expected, spans = undisturbed(layout, fleet)
+            with contextlib.suppress(Empty):
+                while True:
+                    number, name = tasks.get(timeout=1)
+                    draw = random.Random(f"{seed}-{name}-{number}")
+                    found.put((inject(name, number, World(layout, fleet, draw, spans), expected), spans))
+
+
 def main() -> None:
     """Inject what has not been injected yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--port", type=int, default=18543)
+    parser.add_argument("--jobs", type=int, default=1, help="fleets side by side; most of a fault is waiting")
+    parser.add_argument("--port", type=int, default=18543, help="of the first fleet; each takes five")
     parser.add_argument("--only", nargs="*", choices=FAULTS, default=list(FAULTS), metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "faults")
     asked = parser.parse_args()
     kept = asked.out / "faults.json"
     rows = [Row(**row) for row in json.loads(kept.read_text())["rows"]] if kept.exists() else []
+    done = {(row.number, row.fault) for row in rows}
+    due = [task for task in product(range(asked.repeats), asked.only) if task not in done]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path[1:]))  # the fleet imports what this imports
-    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        layout = init_fleet(trial_config(SHORT, seed=0), Path(folder) / "fleet", port=asked.port)
-        with fleet_on_this_machine(layout) as fleet:
-            expected, spans = undisturbed(layout, fleet)
-            print(f"undisturbed: {spans}", flush=True)
-            for number in range(asked.repeats):
-                for name in asked.only:
-                    if any(row.fault == name and row.number == number for row in rows):
-                        continue
-                    draw = random.Random(f"{asked.seed}-{name}-{number}")
-                    row = inject(name, number, World(layout, fleet, draw, spans), expected)
-                    rows.append(row)
-                    print(json.dumps(asdict(row)), flush=True)
-                    document = {"seed": asked.seed, "spans": spans, "rows": [asdict(row) for row in rows]}
-                    write_atomic(kept, json.dumps(document, indent=1))
-                    write_atomic(asked.out / "faults.md", table(rows))
+    context = multiprocessing.get_context("spawn")
+    tasks: Queue[tuple[int, str]] = context.Queue()
+    found: Queue[Found] = context.Queue()
+    for task in due:
+        tasks.put(task)
+    fleets = [
+        context.Process(target=serve_faults, args=(asked.port + 5 * place, asked.seed, tasks, found))
+        for place in range(min(asked.jobs, len(due)))
+    ]
+    for fleet in fleets:
+        fleet.start()
+    while any(fleet.is_alive() for fleet in fleets) or not found.empty():
+        with contextlib.suppress(Empty):
+            row, spans = found.get(timeout=1)
+            rows.append(row)
+            print(json.dumps(asdict(row)), flush=True)
+            document = {"seed": asked.seed, "spans": spans, "rows": [asdict(row) for row in rows]}
+            write_atomic(kept, json.dumps(document, indent=1))
+            write_atomic(asked.out / "faults.md", table(rows))
     print(table(rows))
 
 
