@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merging students on disk: time against reading all and writing the MoE, memory against the models' size.
 
-Each way runs in a process of its own, so that its peak is its own; `mergekit-moe` is measured beside them when it is on
-the path (`pip install mergekit` in another environment). One line of JSON for each, ratios in the last.
+`ours`, `limit` and `in_memory` run in a process of their own after all imports, and their memory is counted from there on.
+`command` is what a user runs, `deepfusion merge` with its self-check, and `mergekit-moe` its peer, when it is on the path
+(`pip install mergekit` in another environment): both cold, imports and all their memory included; what the imports alone
+take is said for each. One line of JSON for each way, ratios in the last.
 
 python benchmarks/merge.py [--students 4] [--hidden 768] [--layers 8] [--vocabulary 32000] [--repeats 3]
     [--family qwen3_moe] [--dtype bfloat16]
@@ -18,6 +20,7 @@ import resource
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -115,6 +118,28 @@ def in_memory(students: list[Path], out: Path, moe: Any) -> None:
     model.to(dtype=DTYPES[stored_as(students[0])]).save_pretrained(out)
 
 
+def command(students: list[Path], out: Path, moe: Any) -> None:
+    """`deepfusion merge`, which opens what it has written and compares it with each student."""
+    moe.save_pretrained(target := students[0].parent / "target")
+    what = ("--family", str(moe.model_type), "--target", str(target), "--out", str(out))
+    subprocess.run(
+        [sys.executable, "-m", "deepfusion", "merge", *map(str, students), *what], check=True, capture_output=True
+    )
+
+
+def command_imports(*_: Any) -> None:
+    """What `command` takes before it begins."""
+    subprocess.run([sys.executable, "-c", "import deepfusion.merging"], check=True)
+
+
+def mergekit_imports(*_: Any) -> None:
+    """What `mergekit` takes before it begins."""
+    found = shutil.which("mergekit-moe")
+    assert found is not None
+    python = Path(found).read_text().splitlines()[0].removeprefix("#!")
+    subprocess.run([python, "-c", "import mergekit.scripts.moe"], check=True, capture_output=True)
+
+
 def mergekit(students: list[Path], out: Path, _target: Any) -> None:
     """mergekit-moe on dense models of the same shapes. It does not average what the experts share."""
     config, folders = out.with_suffix(".yml"), sorted(students[0].parent.glob("dense-*"))
@@ -125,8 +150,12 @@ def mergekit(students: list[Path], out: Path, _target: Any) -> None:
     subprocess.run(["mergekit-moe", str(config), str(out)], check=True, capture_output=True)
 
 
+COLD = (command, command_imports, mergekit, mergekit_imports)
+"""Ways that begin with a program."""
+
+
 def measure(way: Callable[..., None], *arguments: Any) -> tuple[float, float]:
-    """Seconds, and peak memory above what the process had before, in MiB."""
+    """Seconds, and peak memory in MiB: of a program all of it, else what is above that of the process before."""
     queue: Any = multiprocessing.get_context("fork").SimpleQueue()
 
     def work() -> None:
@@ -135,8 +164,9 @@ def measure(way: Callable[..., None], *arguments: Any) -> tuple[float, float]:
         began = time.perf_counter()
         way(*arguments)
         taken = time.perf_counter() - began
-        who = resource.RUSAGE_CHILDREN if way is mergekit else resource.RUSAGE_SELF
-        queue.put((taken, (resource.getrusage(who).ru_maxrss - (0 if way is mergekit else before)) / 1024))
+        cold = way in COLD
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN if cold else resource.RUSAGE_SELF).ru_maxrss
+        queue.put((taken, (peak - (0 if cold else before)) / 1024))
 
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
@@ -155,7 +185,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
     options = parser.parse_args()
     peer = shutil.which("mergekit-moe") and options.family in DENSE
-    ways = [limit, ours, in_memory] + ([mergekit] if peer else [])
+    ways = [limit, ours, in_memory, command, command_imports, *([mergekit, mergekit_imports] if peer else [])]
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -171,16 +201,26 @@ def main() -> None:
                 taken[way.__name__].append(measure(way, students, out, moe))
                 if way is ours and not repeat:
                     load_check(out, moe)
-                shutil.rmtree(out)
+                shutil.rmtree(out, ignore_errors=True)
         for way, rows in taken.items():
             found[way] = {"seconds": statistics.median(s for s, _ in rows), "peak_mib": max(m for _, m in rows)}
             print(json.dumps({"way": way, "read_mib": read >> 20, **{k: round(v, 2) for k, v in found[way].items()}}))
     ratios = {
-        f"{way}: seconds over limit": round(row["seconds"] / found["limit"]["seconds"], 2) for way, row in found.items()
+        f"{way}: seconds over limit": round(found[way]["seconds"] / found["limit"]["seconds"], 2)
+        for way in ("ours", "in_memory", "command")
     }
-    for way in found.keys() - {"limit", "ours"}:
+    pairs = [("in_memory", "ours"), ("mergekit", "command")][: 1 + bool(peer)]
+    for way, other in pairs:
         for what in ("seconds", "peak_mib"):
-            ratios[f"{way}: {what} over ours"] = round(found[way][what] / found["ours"][what], 1)
+            ratios[f"{way}: {what} over {other}"] = round(found[way][what] / found[other][what], 1)
+    if peer:
+        above = {
+            way: {what: found[way][what] - found[f"{way}_imports"][what] for what in found[way]} for way in pairs[1]
+        }
+        for what in ("seconds", "peak_mib"):
+            ratios[f"mergekit: {what} over command, without imports"] = round(
+                above["mergekit"][what] / above["command"][what], 1
+            )
     print(json.dumps(ratios))
 
 
