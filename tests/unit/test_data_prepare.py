@@ -16,10 +16,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from deepfusion.data.options import CorpusSource, DataOptions, TokenizerOptions
-from deepfusion.data.prepare import corpus_from_source, corpus_from_texts, load_prepared, prepare, tokenise
+from deepfusion.data.prepare import (
+    corpus_from_files,
+    corpus_from_source,
+    corpus_from_texts,
+    load_prepared,
+    prepare,
+    tokenise,
+)
 from deepfusion.data.sources import Document
 from deepfusion.data.tokenizer import make_tokenizer
-from deepfusion.errors import DataError
+from deepfusion.errors import ConfigError, DataError
 
 WORDS = ["heart", "lung", "kidney", "share", "bond", "market", "loop", "string", "matrix", "proof", "group", "ring"]
 
@@ -195,3 +202,16 @@ def test_a_run_without_public_text_is_refused(root: Path, tmp_path: Path):
     )
     with pytest.raises(DataError, match=r"\[data\] no public text; add public"):
         prepare(options, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("templates", "says"), [
+    ({"answer": "{a}"}, "--answer = '{a}': has no prompt; give both, or text alone"),
+    ({"prompt": "{q}"}, "--prompt = '{q}': has no answer; give both, or text alone"),
+    ({"text": "{a}", "prompt": "{q}", "answer": "{a}"}, "--text = '{a}': excludes prompt and answer"),
+    ({"text": "a"}, "--text = 'a': names no field"),
+])  # fmt: skip
+def test_templates_of_a_command_that_cannot_be_meant_are_refused(root: Path, templates: dict[str, str], says: str):
+    given = dict.fromkeys(("text", "prompt", "answer")) | templates
+    with pytest.raises(ConfigError) as refused:
+        corpus_from_files(str(root / "test.jsonl"), "test", root, **given)
+    assert says in str(refused.value)

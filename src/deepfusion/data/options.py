@@ -117,7 +117,7 @@ class CorpusSource:
         if self.limit is not None and self.limit < 1:
             yield f"limit = {self.limit}: leaves no document; choose 1 or more, or remove it"
         yield from self._source_faults()
-        yield from self._template_faults()
+        yield from self.template_faults()
 
     def _source_faults(self) -> Iterator[str]:
         given = [name for name in SPLITS if getattr(self, name) is not None]
@@ -142,7 +142,8 @@ class CorpusSource:
                     if not path.lower().endswith(SUFFIXES):
                         yield f'{name} = "{path}": unknown kind of file; use one of {", ".join(SUFFIXES)}'
 
-    def _template_faults(self) -> Iterator[str]:
+    def template_faults(self) -> Iterator[str]:
+        """What is wrong with `text`, `prompt` and `answer`, and the cure."""
         if self.text is not None and (self.prompt is not None or self.answer is not None):
             yield f"text = {self.text!r}: excludes prompt and answer; keep text, or prompt with answer"
         if (self.prompt is None) != (self.answer is None):

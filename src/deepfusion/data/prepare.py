@@ -13,7 +13,7 @@ import numpy as np
 from deepfusion.data.options import SPLITS, CorpusSource, DataOptions, Split
 from deepfusion.data.sources import Document, first_by_hash, read_documents
 from deepfusion.data.tokenizer import encode, end_id, make_tokenizer, open_tokenizer, vocabulary_of
-from deepfusion.errors import DataError
+from deepfusion.errors import ConfigError, DataError
 from deepfusion.types import Corpus, Progress, silent
 
 _ARRAYS = ("token_ids", "counted", "token_starts", "text_bytes", "text_starts", "domain_ids")
@@ -121,6 +121,7 @@ def corpus_from_files(
     """Text file(s) and templates, as a user names them on the command line; without a template the field `text`.
 
     Raises:
+        ConfigError: the templates cannot be meant.
         DataError: the text or the tokenizer cannot be read.
     """
     return corpus_from_source(source_of_files([data], split, text, prompt, answer), split, tokenizer_folder)
@@ -129,9 +130,14 @@ def corpus_from_files(
 def source_of_files(
     data: Sequence[str], split: Split, text: str | None, prompt: str | None, answer: str | None
 ) -> CorpusSource:
-    """What `corpus_from_files` reads, as a row of [[data.corpora]]."""
-    whole = "{text}" if text is None and prompt is None else text
-    source = CorpusSource(domain="text", text=whole, prompt=prompt, answer=answer)
+    """What `corpus_from_files` reads, as a row of [[data.corpora]].
+
+    Raises:
+        ConfigError: the templates cannot be meant; names the command's options.
+    """
+    source = CorpusSource(domain="text", text=text, prompt=prompt, answer=answer)
+    if faults := [f"--{fault}" for fault in source.template_faults()]:
+        raise ConfigError(faults, "command line")
     return replace(source, **{split: tuple(str(Path(path).absolute()) for path in data)})
 
 

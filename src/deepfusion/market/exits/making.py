@@ -143,6 +143,7 @@ def read_text(
     Without `data` both come out of the embedded set, as far as its packages are installed.
 
     Raises:
+        ConfigError: the templates cannot be meant.
         DataError: the text cannot be read, or there is too little of it to hold any back.
     """
     if data:
