@@ -156,7 +156,7 @@ class Checkpoint:
                 if kind != "parameter":
                     moment = file.get_tensor(key)
                     p = parameters[name]
-                    optimiser.state[p][kind] = moment if kind == "step" else like(moment, p)
+                    optimiser.state[p][kind] = moment.to(p.device) if kind == "step" else like(moment, p)
         return int(metadata["step"]), json.loads(metadata["history"])
 
 

@@ -98,6 +98,19 @@ def test_a_training_that_died_goes_on_to_the_same_bytes(tmp_path: Path, dies_at:
     assert seen == list(range(dies_at + 1, STEPS + 1)), "steps that were done are not done again"
 
 
+def test_what_adamw_remembers_comes_back_to_where_its_parameter_is(tmp_path: Path) -> None:
+    """As `Optimizer.load_state_dict` has it: the fused AdamW wants its `step` on the parameter's device, in float32."""
+    checkpoint = Checkpoint(tmp_path / "training.safetensors", every_seconds=0)
+    trained(checkpoint)
+    away = {name: p.detach().to("meta").requires_grad_() for name, p in parameters().items()}
+    optimiser = torch.optim.AdamW(away.values(), fused=False)
+    assert checkpoint.load(away, optimiser)[0] == STEPS - 1
+    for p in away.values():
+        assert optimiser.state[p].keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert {value.device.type for value in optimiser.state[p].values()} == {"meta"}
+        assert {value.dtype for value in optimiser.state[p].values()} == {torch.float32}
+
+
 def test_a_write_that_dies_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = Checkpoint(tmp_path / "training.safetensors", every_seconds=0)
     state = parameters()
