@@ -75,7 +75,7 @@ def distill_folders(
     config = read_config(student)
     length = _length(sequence_length, {student: config, **{folder: read_config(folder) for folder in teachers}})
     corpus = corpus_from_files(data, "public", student, text=text, prompt=prompt, answer=answer)
-    arguments = sorted(map(str, teachers)), str(student), data, text, prompt, answer, length
+    arguments = [str(folder) for folder in teachers], str(student), data, text, prompt, answer, length
     partial.mkdir(parents=True, exist_ok=True)
     scratch = partial / key_of(*arguments, asdict(options), seed)[:12]
     proxies = [Proxy(0, folder.name, folder, 0, (), 1 / len(teachers)) for folder in teachers]

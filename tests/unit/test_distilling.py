@@ -17,7 +17,7 @@ from deepfusion.devices.models import from_config, load, save
 from deepfusion.distilling import DistillOptions, distill_folders
 from deepfusion.errors import ConfigError, ModelError
 from deepfusion.moe import families
-from deepfusion.training import Optimisation
+from deepfusion.training import Checkpoint, Optimisation
 
 FAST = Optimisation(batch_size=4, learning_rate=3e-3)
 STUDENTS = ("gpt2-pico", "llama-pico", "qwen2-moe-pico", "deepseek-v3-pico", "one expert")
@@ -84,6 +84,26 @@ def test_the_same_seed_gives_the_same_bytes_also_after_a_crash(world: Path, tmp_
     run(world, tmp_path / "again", "llama-pico", resume=True)
     assert file_bytes(tmp_path / "again") == file_bytes(tmp_path / "whole")
     assert not (tmp_path / "again.partial").exists()
+
+
+def test_a_training_goes_on_only_with_its_teachers_in_their_order(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters are known by their teacher's place, so what was trained under another order is of no use."""
+    ordered = [world / "teacher-llama-pico", world / "teacher-gpt2-pico"]
+    run(world, tmp_path / "whole", "llama-pico", teachers=ordered[::-1])
+
+    def crash(label: str, done: int, total: int, note: str = "") -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint.__init__, "__defaults__", (0.0,))
+        with pytest.raises(KeyboardInterrupt):
+            run(world, tmp_path / "again", "llama-pico", teachers=ordered, progress=crash)
+    assert list((tmp_path / "again.partial").rglob("*.safetensors"))
+    run(world, tmp_path / "again", "llama-pico", teachers=ordered[::-1], resume=True)
+    assert file_bytes(tmp_path / "again") == file_bytes(tmp_path / "whole")
 
 
 def test_what_cannot_be_done_says_why(world: Path, tmp_path: Path) -> None:
