@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -14,10 +15,10 @@ import torch
 from transformers import PreTrainedConfig
 
 from deepfusion.artifacts import key_of, write_atomic
-from deepfusion.data.packing import PackedText
+from deepfusion.data.packing import PackedText, check_length
 from deepfusion.data.prepare import corpus_from_files
 from deepfusion.devices.configurations import reach_of, read_config
-from deepfusion.errors import ConfigError
+from deepfusion.errors import ConfigError, DeepFusionError
 from deepfusion.moe import Family, families
 from deepfusion.stages.distill import DistillOptions, Logits, Vaa, distill
 from deepfusion.training import derive_seed
@@ -76,15 +77,21 @@ def distill_folders(
     length = _length(sequence_length, {student: config, **{folder: read_config(folder) for folder in teachers}})
     corpus = corpus_from_files(data, "public", student, text=text, prompt=prompt, answer=answer)
     arguments = [str(folder) for folder in teachers], str(student), data, text, prompt, answer, length
-    partial.mkdir(parents=True, exist_ok=True)
     scratch = partial / key_of(*arguments, asdict(options), seed)[:12]
     proxies = [Proxy(0, folder.name, folder, 0, (), 1 / len(teachers)) for folder in teachers]
-    history = distill(
-        student, [proxies], [PackedText(corpus, length, derive_seed(seed, "text"))],
-        family=_family(config), target=config, rule=Vaa() if options.alpha else Logits(), recipe="joint",
-        options=replace(options, beta=options.beta if teachers else 0.0), seed=seed, tokenizer_folder=student,
-        scratch=scratch, progress=progress, out=partial,
-    )  # fmt: skip
+    text_rows = PackedText(corpus, length, derive_seed(seed, "text"))
+    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        history = distill(
+            student, [proxies], [text_rows], family=_family(config), target=config,
+            rule=Vaa() if options.alpha else Logits(), recipe="joint",
+            options=replace(options, beta=options.beta if teachers else 0.0), seed=seed, tokenizer_folder=student,
+            scratch=scratch, progress=progress, out=partial,
+        )  # fmt: skip
+    except DeepFusionError:
+        with suppress(OSError):  # there is something in it
+            partial.rmdir()  # or the mended command would be told that it was begun before
+        raise
     write_atomic(partial / "0" / "history.json", json.dumps(history["joint"]))
     os.replace(partial / "0", out)
     shutil.rmtree(partial, ignore_errors=True)
@@ -107,6 +114,7 @@ def _length(asked: int | None, configs: Mapping[Path, PreTrainedConfig]) -> int:
     reaches = {folder: reach for folder, config in configs.items() if (reach := reach_of(config)) is not None}
     if asked is None:
         return min([USUAL_LENGTH, *reaches.values()])
+    check_length(asked)
     if short := [f"{folder} reads {reach} tokens" for folder, reach in reaches.items() if reach < asked]:
         cure = f"choose {min(reaches.values())} or less"
         raise ConfigError([f"--sequence-length {asked}: {', '.join(short)} at most; {cure}"], "command line")

@@ -4,16 +4,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from deepfusion.data.packing import check_length
 from deepfusion.data.prepare import corpus_from_files
+from deepfusion.devices.configurations import reach_of
 from deepfusion.devices.models import load
-from deepfusion.errors import ModelError
+from deepfusion.devices.writing import write
+from deepfusion.errors import ConfigError, ModelError
 from deepfusion.stages.evaluate import by_domain, score_documents, total
 from deepfusion.training import accelerator
+
+USUAL_TOKENS = 64
+"""Tokens to add where nobody asks for another number and the model reads as many."""
 
 
 def open_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -39,10 +45,16 @@ def evaluate_model(
     answer: str | None = None,
     sequence_length: int = 512,
 ) -> dict[str, float | int]:
-    """Perplexity and token accuracy of a model on text files; with a prompt template only the answer counts."""
+    """Perplexity and token accuracy of a model on text files; with a prompt template only the answer counts.
+
+    Raises:
+        ConfigError: the templates or the length cannot be meant.
+        ModelError: there is no such model, or it cannot be opened safely.
+        DataError: the text cannot be read.
+    """
+    check_length(sequence_length)
     model, _ = open_model(name)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    window = min(sequence_length, int(limit)) if limit else sequence_length
+    window = min(sequence_length, reach_of(model.config) or sequence_length)
     corpus = corpus_from_files(data, "test", Path(name), text=text, prompt=prompt, answer=answer)
     score = total(by_domain(score_documents(model, corpus, window), corpus))
     return {
@@ -54,21 +66,37 @@ def evaluate_model(
     }
 
 
-@torch.no_grad()
-def generate_text(name: str, prompt: str, *, tokens: int = 64, temperature: float = 0.8, seed: int = 0) -> str:
-    """What the model continues `prompt` with; `temperature` 0 takes the most likely token each time."""
+def generate_text(name: str, prompt: str, *, tokens: int | None = None, temperature: float = 0.8, seed: int = 0) -> str:
+    """What the model continues `prompt` with, drawn from its own distribution (`write`).
+
+    Args:
+        tokens: to add at most; 64, or as many as the model still reads, when left out.
+        temperature: 0 takes the most likely token each time.
+
+    Raises:
+        ConfigError: prompt and tokens are more than the model reads.
+        ModelError: there is no such model, or it cannot be opened safely.
+    """
     model, tokenizer = open_model(name)
     model.to(accelerator().device).eval()
     ids = tokenizer.encode(prompt) if prompt else [tokenizer.eos_token_id]
     start = torch.tensor([ids], device=model.device)
+    length = _tokens(tokens, start.shape[1], reach_of(model.config))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        options = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-        made = cast(Any, model).generate(
-            start,
-            attention_mask=torch.ones_like(start),
-            max_new_tokens=tokens,
-            pad_token_id=tokenizer.eos_token_id,
-            **options,
-        )
+        end = cast(int, tokenizer.eos_token_id)
+        made = write(model, start, tokens=length, temperature=temperature, pad_id=end)
     return str(tokenizer.decode(made[0, start.shape[1] :], skip_special_tokens=True))
+
+
+def _tokens(asked: int | None, prompt: int, reach: int | None) -> int:
+    """Tokens to add to a prompt of so many; raises ConfigError where the model does not read them all."""
+    left = USUAL_TOKENS if reach is None else reach - prompt
+    if left < 1:
+        raise ConfigError([f"PROMPT: has {prompt} tokens, the model reads {reach}; shorten it"], "command line")
+    if asked is None:
+        return min(USUAL_TOKENS, left)
+    if reach is not None and asked > left:
+        said = f"the model reads {reach}, and the prompt has {prompt}"
+        raise ConfigError([f"--tokens {asked}: {said}; choose {left} or less"], "command line")
+    return asked

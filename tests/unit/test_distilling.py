@@ -125,6 +125,22 @@ def test_a_teacher_that_is_not_there_is_missed_before_anything_is_begun(world: P
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("changes", "error"), [
+    ({"sequence_length": 1}, ConfigError), ({"sequence_length": 0}, ConfigError), ({"teachers": "stranger"}, ModelError),
+    ({"answer": "{text}"}, ConfigError),
+])  # fmt: skip
+def test_what_is_refused_may_be_mended_and_begun(
+    changes: dict[str, Any], error: type[Exception], world: Path, tmp_path: Path
+) -> None:
+    if "teachers" in changes:
+        other = write_tokenizer(tmp_path / "other", 40)
+        save(from_config(config("llama-pico"), 1), tmp_path / "stranger", other)
+        changes = {"teachers": [tmp_path / "stranger"]}
+    with pytest.raises(error, match=r"choose 2 or more|stranger|has no prompt"):
+        run(world, tmp_path / "taught", "gpt2-pico", **changes)
+    assert not (tmp_path / "taught.partial").exists()
+
+
 def test_sequences_are_as_long_as_every_model_reads(world: Path, tmp_path: Path) -> None:
     reach = reach_of(read_config(world / "teacher-gpt2-pico"))
     assert reach is not None

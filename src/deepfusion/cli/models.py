@@ -26,7 +26,7 @@ def evaluate(
     text: Annotated[str | None, typer.Option(help='Template of a document, e.g. "{title} {text}".')] = None,
     prompt: Annotated[str | None, typer.Option(help="Template of what is given; not counted.")] = None,
     answer: Annotated[str | None, typer.Option(help="Template of what is scored after the prompt.")] = None,
-    sequence_length: Annotated[int, typer.Option(help="Longest window of tokens.")] = 512,
+    sequence_length: Annotated[int, typer.Option(help="Longest window of tokens; 2 or more.")] = 512,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity and token accuracy of any causal LM folder on any text files."""
@@ -134,7 +134,9 @@ def merge(
 def generate(
     model: Annotated[str, typer.Argument(help="Any causal LM: a folder or a hub name.", metavar="MODEL")],
     prompt: Annotated[str, typer.Argument(help="The text to continue.", metavar="PROMPT")],
-    tokens: Annotated[int, typer.Option(help="Tokens to add at most.", min=1)] = 64,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens to add at most. Default: 64, if the model reads so many.", min=1)
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.", min=0.0)] = 0.8,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     as_json: AsJson = False,

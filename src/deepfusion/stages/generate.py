@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from deepfusion.data.prepare import corpus_from_texts
 from deepfusion.devices.models import load
+from deepfusion.devices.writing import write
 from deepfusion.training import accelerator, derive_seed
 from deepfusion.types import Corpus, Progress, Proxy, silent
 
@@ -67,14 +68,12 @@ def sample(
             prompt_B1 = torch.full((rows, 1), tokenizer.eos_token_id, device=device)
             with torch.random.fork_rng():
                 torch.manual_seed(derive_seed(seed, "generate", domain, index, begin))
-                tokens_BT = model.generate(
+                tokens_BT = write(
+                    model,
                     prompt_B1,
-                    attention_mask=torch.ones_like(prompt_B1),
-                    do_sample=True,
+                    tokens=sequence_length - 1,
                     temperature=options.temperature,
-                    top_k=0,
-                    max_new_tokens=sequence_length - 1,
-                    pad_token_id=tokenizer.pad_token_id,
+                    pad_id=tokenizer.pad_token_id,
                 )
             texts += [
                 text for text in tokenizer.batch_decode(tokens_BT[:, 1:], skip_special_tokens=True) if text.strip()
