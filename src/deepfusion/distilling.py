@@ -18,11 +18,11 @@ from deepfusion.artifacts import key_of, write_atomic
 from deepfusion.data.packing import PackedText, check_length
 from deepfusion.data.prepare import corpus_from_files
 from deepfusion.devices.configurations import reach_of, read_config
-from deepfusion.errors import ConfigError, DeepFusionError
+from deepfusion.errors import ConfigError, DeepFusionError, ModelError
 from deepfusion.moe import Family, families
 from deepfusion.stages.distill import DistillOptions, Logits, Vaa, distill
 from deepfusion.training import derive_seed
-from deepfusion.types import Progress, Proxy, State, silent
+from deepfusion.types import Corpus, Progress, Proxy, State, silent
 
 USUAL_LENGTH = 512
 """Tokens of a sequence where nobody asks for another number and all models reach that far."""
@@ -54,6 +54,7 @@ def distill_folders(
 ) -> list[dict[str, float]]:
     """Train a student under one or more teachers (DeepFusion, eq. 11), all of one tokenizer, and save it to `out`.
 
+    Output matrices may be padded to unlike heights: the KL is over the rows that all models have.
     Killed and started again with `resume` and the same arguments, it ends with the same bytes.
 
     Args:
@@ -68,23 +69,24 @@ def distill_folders(
 
     Raises:
         ConfigError: an option that cannot be meant, or `out` exists.
-        ModelError: a model cannot be opened, or a teacher has another vocabulary.
+        ModelError: a model cannot be opened, or a teacher has another vocabulary, or one too small for the text.
         DataError: the text cannot be read.
     """
     partial = out.with_name(out.name + ".partial")
     _check(out, partial, options, resume=resume)
     config = read_config(student)
-    length = _length(sequence_length, {student: config, **{folder: read_config(folder) for folder in teachers}})
+    configs = {student: config, **{folder: read_config(folder) for folder in teachers}}
+    length = _length(sequence_length, configs)
     corpus = corpus_from_files(data, "public", student, text=text, prompt=prompt, answer=answer)
+    _check_reads(configs, corpus)
     arguments = [str(folder) for folder in teachers], str(student), data, text, prompt, answer, length
     scratch = partial / key_of(*arguments, asdict(options), seed)[:12]
     proxies = [Proxy(0, folder.name, folder, 0, (), 1 / len(teachers)) for folder in teachers]
-    text_rows = PackedText(corpus, length, derive_seed(seed, "text"))
     partial.mkdir(parents=True, exist_ok=True)
     try:
         history = distill(
-            student, [proxies], [text_rows], family=_family(config), target=config,
-            rule=Vaa() if options.alpha else Logits(), recipe="joint",
+            student, [proxies], [PackedText(corpus, length, derive_seed(seed, "text"))], family=_family(config),
+            target=config, rule=Vaa() if options.alpha else Logits(), recipe="joint",
             options=replace(options, beta=options.beta if teachers else 0.0), seed=seed, tokenizer_folder=student,
             scratch=scratch, progress=progress, out=partial,
         )  # fmt: skip
@@ -119,6 +121,17 @@ def _length(asked: int | None, configs: Mapping[Path, PreTrainedConfig]) -> int:
         cure = f"choose {min(reaches.values())} or less"
         raise ConfigError([f"--sequence-length {asked}: {', '.join(short)} at most; {cure}"], "command line")
     return asked
+
+
+def _check_reads(configs: Mapping[Path, PreTrainedConfig], corpus: Corpus) -> None:
+    """Raise ModelError where a model has no embedding for a token of the text."""
+    last = int(corpus.token_ids.max())
+    for folder, config in configs.items():
+        if (size := int(config.get_text_config().vocab_size)) <= last:
+            raise ModelError(
+                f"{folder}: its vocab_size is {size}, but the student's tokenizer gives the text token {last}; "
+                "give models of one tokenizer, with an embedding for each token"
+            )
 
 
 def _family(config: PreTrainedConfig) -> Family:

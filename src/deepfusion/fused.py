@@ -47,6 +47,15 @@ class Scores(NamedTuple):
         """Those of some rows of the batch."""
         return self._replace(hidden_BTH=self.hidden_BTH[rows])
 
+    def first(self, count: int) -> Scores:
+        """Those of the first `count` tokens of the vocabulary."""
+        hidden_BTH, weight_VH, bias_V = self
+        if count == self.vocab_size:
+            return self
+        if weight_VH is None:
+            return Scores(hidden_BTH[..., :count])
+        return Scores(hidden_BTH, weight_VH[:count], None if bias_V is None else bias_V[:count])
+
     def split(self, counts: Sequence[int]) -> list[Scores]:
         """Parts of `counts` rows each."""
         return [self._replace(hidden_BTH=part_BTH) for part_BTH in self.hidden_BTH.split(list(counts))]

@@ -9,15 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from distill_world import config, file_bytes, write_tokenizer
+from distill_world import V, config, file_bytes, write_tokenizer
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from deepfusion.data.packing import PackedText
+from deepfusion.data.prepare import corpus_from_files
 from deepfusion.devices.configurations import reach_of, read_config
 from deepfusion.devices.models import from_config, load, save
 from deepfusion.distilling import DistillOptions, distill_folders
 from deepfusion.errors import ConfigError, ModelError
 from deepfusion.moe import families
-from deepfusion.training import Checkpoint, Optimisation
+from deepfusion.training import Checkpoint, Optimisation, derive_seed
 
 FAST = Optimisation(batch_size=4, learning_rate=3e-3)
 STUDENTS = ("gpt2-pico", "llama-pico", "qwen2-moe-pico", "deepseek-v3-pico", "one expert")
@@ -139,6 +142,56 @@ def test_what_is_refused_may_be_mended_and_begun(
     with pytest.raises(error, match=r"choose 2 or more|stranger|has no prompt"):
         run(world, tmp_path / "taught", "gpt2-pico", **changes)
     assert not (tmp_path / "taught.partial").exists()
+
+
+def padded(source: Path, out: Path, rows: int = 20) -> Path:
+    """The same model with rows beyond its tokenizer in its embedding and output matrix, which look like any other."""
+    model = load(source)
+    model.resize_token_embeddings(V + rows, mean_resizing=False)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[V:] = 0.5
+    save(model, out, source)
+    return out
+
+
+def test_a_teacher_with_padding_teaches_as_it_does_without(world: Path, tmp_path: Path) -> None:
+    plain = world / "teacher-llama-pico"
+    run(world, tmp_path / "a", "gpt2-pico", teachers=[plain])
+    run(world, tmp_path / "b", "gpt2-pico", teachers=[padded(plain, tmp_path / "padded")])
+    assert file_bytes(tmp_path / "a") == file_bytes(tmp_path / "b")
+
+
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+def test_a_student_with_padding_is_compared_without_it_and_scored_with_it(
+    tau: float, world: Path, tmp_path: Path
+) -> None:
+    student, teacher = padded(world / "gpt2-pico", tmp_path / "padded"), world / "teacher-llama-pico"
+    options = DistillOptions(steps=1, alpha=0.0, temperature=tau, trust="all", optimisation=FAST)
+    (row,) = distill_folders(
+        [teacher], student, str(world / "text.jsonl"), tmp_path / "out", sequence_length=16, options=options
+    )
+    corpus = corpus_from_files(str(world / "text.jsonl"), "public", student, text=None, prompt=None, answer=None)
+    batch = PackedText(corpus, 16, derive_seed(0, "text")).batch(0, FAST.batch_size)
+    with torch.no_grad():
+        ours, theirs = (load(folder)(batch.input_ids_BT).logits for folder in (student, teacher))
+    ce = functional.cross_entropy(ours[:, :-1].flatten(0, 1), batch.input_ids_BT[:, 1:].flatten())
+    log_p, log_q = ((logits[..., :V] / tau).log_softmax(-1).flatten(0, 1) for logits in (ours, theirs))
+    kl = tau**2 * functional.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+    assert (row["ce"], row["kl"]) == pytest.approx((float(ce), float(kl)), rel=1e-4)
+    assert row["loss"] == pytest.approx(row["ce"] + row["kl"], rel=1e-6)
+
+
+def test_a_model_without_an_embedding_for_each_token_is_refused(world: Path, tmp_path: Path) -> None:
+    small = load(world / "teacher-llama-pico")
+    small.resize_token_embeddings(V - 40)
+    save(small, tmp_path / "small", world / "gpt2-pico")
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "w9"}))
+    with pytest.raises(ModelError, match=r"small: its vocab_size is 8, .* token 9; give models of one tokenizer"):
+        distill_folders(
+            [tmp_path / "small"], world / "gpt2-pico", str(text), tmp_path / "out", options=DistillOptions()
+        )
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_sequences_are_as_long_as_every_model_reads(world: Path, tmp_path: Path) -> None:

@@ -36,8 +36,8 @@ class DistillOptions:
         trust: "all" takes the KL to every teacher everywhere (paper); "better" to each only on rows of text that it
             predicts at least as well as the student does; "best" only to the one of those that predicts the row best;
             "always" to that one also where the student is ahead of it.
-        align: "same" asks for teachers with the student's vocabulary; "none" compares no vocabularies and leaves the
-            KL out, the teachers must still be able to read the student's token ids.
+        align: "same" asks for teachers with the student's vocabulary (the padding of their output matrices may differ); "none"
+            compares no vocabularies and leaves the KL out, the teachers must still be able to read the student's token ids.
         text: public text for domain i is drawn by its closeness to the domain ("domain") or evenly ("uniform").
         text_temperature: of that draw: exp(cosine / text_temperature); the lower, the more is read of the nearest documents.
         branch: share of the steps in which the experts of all domains learn alike, from the text and teachers of all; then each

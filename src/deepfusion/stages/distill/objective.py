@@ -82,7 +82,12 @@ def _losses(
     batch: Batch,
     options: DistillOptions,
 ) -> dict[str, torch.Tensor]:
-    """Eq. (11) of one domain, from the student's and its teachers' outputs on its batch; `head` is the student's output layer."""
+    """Eq. (11) of one domain, from the student's and its teachers' outputs on its batch; `head` is the student's output layer.
+
+    Models of one tokenizer may have output matrices of unlike heights, padded beyond the tokens that there are. Teachers and
+    student are compared over the rows that all of them have, as if there were no others; the student's cross-entropy is
+    over all of its own.
+    """
     alignment, beta = same_tokens(batch), _kl_weight(options)
     asked = teachers if beta or any(isinstance(teacher.adapter, Exits) for teacher, _ in teachers) else ()
     predictions = [
@@ -91,9 +96,17 @@ def _losses(
         )
         for teacher, heard in asked
     ]
-    predictions = listen(predictions, student.scores, batch, options.trust)
+    common = min([student.scores.vocab_size, *(prediction.scores.vocab_size for prediction in predictions)])
+    predictions = [prediction._replace(scores=prediction.scores.first(common)) for prediction in predictions]
+    compared = student.scores.first(common)
+    predictions = listen(predictions, compared, batch, options.trust)
     soft = [prediction._replace(weight=beta * prediction.weight) for prediction in predictions] if beta else []
-    loss, parts = next_token_losses(student.scores, soft, batch, options.temperature)
+    if compared is student.scores:
+        loss, parts = next_token_losses(student.scores, soft, batch, options.temperature)
+    else:
+        loss, parts = next_token_losses(student.scores, [], batch, options.temperature)
+        soft_loss, soft_parts = next_token_losses(compared, soft, _unlabelled(batch), options.temperature)
+        loss, parts = loss + soft_loss, parts._replace(divergence=soft_parts.divergence)
     losses = {"ce": parts.cross_entropy, "kl": parts.divergence}
     hidden = dict(zip(taps, student.taps, strict=True))
     for number, (teacher, heard) in enumerate(teachers):
@@ -116,9 +129,12 @@ def _exit_losses(
     exits: Sequence[torch.Tensor], head: Any, teacher: TeacherScores, batch: Batch, temperature: float
 ) -> torch.Tensor:
     """The sum over exits of the teacher's loss, without cross-entropy."""
-    unlabelled = replace(batch, counted_BT=torch.zeros_like(batch.counted_BT))
-    losses = [
-        next_token_losses(Scores(exit_BTH, head.weight, head.bias), [teacher], unlabelled, temperature)[0]
-        for exit_BTH in exits
-    ]
+    compared, unlabelled = teacher.scores.vocab_size, _unlabelled(batch)
+    scores = [Scores(exit_BTH, head.weight, head.bias).first(compared) for exit_BTH in exits]
+    losses = [next_token_losses(each, [teacher], unlabelled, temperature)[0] for each in scores]
     return torch.stack(losses).sum()
+
+
+def _unlabelled(batch: Batch) -> Batch:
+    """A batch whose cross-entropy is 0."""
+    return replace(batch, counted_BT=torch.zeros_like(batch.counted_BT))
