@@ -163,7 +163,7 @@ class _Tile(NamedTuple):
             q_total_C1 = q_CV.sum(-1, keepdim=True)
             if exponent == 1:
                 # KL = sum q (log q - log p), with log q and log p up to what their own sums add
-                gap_CV = teacher_CV.sub_(soft_CV)
+                gap_CV = teacher_CV.clamp_(min=-1e4).sub_(soft_CV)  # or 0 * -inf is NaN; e^-1e4 is 0
                 divergence_C1 += weight_C1 * (
                     torch.linalg.vecdot(q_CV, gap_CV)[:, None] / q_total_C1 - q_total_C1.log()
                 )

@@ -366,3 +366,16 @@ def test_above_one_the_exponent_gives_the_next_token_more_weight_the_surer_the_t
         shares.append(float(-gradient[0, 0].gather(0, label_BT1[0, 0])))
     assert shares == sorted(shares)
     assert shares[0] < shares[-1]
+
+
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+def test_a_token_that_a_teacher_rules_out_adds_nothing_to_the_kl(tau: float) -> None:
+    torch.manual_seed(0)
+    student_BTV, teacher_BTV = torch.randn(2, 4, 6, dtype=torch.double), torch.randn(2, 4, 6, dtype=torch.double)
+    teacher_BTV[..., 5] = -torch.inf
+    every_BT = torch.ones(2, 4, dtype=torch.bool)
+    batch = Batch(torch.zeros(2, 4, dtype=torch.long), torch.zeros_like(every_BT), every_BT)
+    loss, _ = next_token_losses(Scores(student_BTV), [TeacherScores(Scores(teacher_BTV), 1.0, every_BT)], batch, tau)
+    q_BTV, log_p_BTV = (teacher_BTV / tau).softmax(-1), (student_BTV / tau).log_softmax(-1)
+    kl_BT = (q_BTV * (q_BTV.log() - log_p_BTV))[..., :5].sum(-1)
+    assert float(loss) == pytest.approx(tau**2 * float(kl_BT.mean()), rel=1e-12)
