@@ -109,6 +109,25 @@ def test_a_bad_architecture_is_named_with_its_cure(message: str, tmp_path: Path,
         configurations.config_of(BAD_SPECS[message], vocab_size=300, positions=2048, eos_id=0)
 
 
+@pytest.mark.parametrize("preset", ["qwen2-moe-pico", "qwen3-moe-pico"])
+def test_a_width_of_heads_that_the_configuration_does_not_declare_is_taken(preset: str) -> None:
+    """The attention reads it all the same."""
+    values = {**PRESETS[preset].config, "head_dim": 24}
+    config = configurations.make_config(values, vocab_size=300, positions=8)
+    attention = models.from_config(config, seed=0).model.layers[0].self_attn
+    assert len(attention.q_proj.weight) == 24 * config.num_attention_heads
+    for wrong in (0, 7, "8"):
+        with pytest.raises(ModelError, match=f"head_dim = {wrong}: must be an even number above 0"):
+            configurations.make_config({**values, "head_dim": wrong}, vocab_size=300, positions=8)
+
+
+@pytest.mark.parametrize("preset", ["gpt2-pico", "olmoe-pico"])
+def test_a_width_of_heads_that_the_attention_cannot_take_is_refused(preset: str) -> None:
+    """GPT-2 ignores it; OLMoE's norms of queries are as wide as the model."""
+    with pytest.raises(ModelError, match="has no such key"):
+        configurations.make_config({**PRESETS[preset].config, "head_dim": 24}, vocab_size=300, positions=8)
+
+
 def test_a_model_type_that_is_no_causal_lm_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="not a causal LM"):
         configurations.make_config({"model_type": "t5"}, vocab_size=None, positions=8)

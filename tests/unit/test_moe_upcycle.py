@@ -13,13 +13,16 @@ from transformers import AutoModelForCausalLM
 from deepfusion.app import launch
 from deepfusion.config import parse_config
 from deepfusion.devices.configurations import make_config
+from deepfusion.devices.memory import num_parameters
 from deepfusion.devices.models import from_config, load
 from deepfusion.devices.presets import PRESETS
 from deepfusion.errors import ConfigError, ModelError
+from deepfusion.merging import merge_folders
 from deepfusion.methods import TargetOptions
 from deepfusion.moe import families
 from deepfusion.moe.upcycle import GROWS_INTO, mean_expert, student_state, target_values
-from small_world import small_tree, write_text
+from deepfusion.plan import make_plan
+from small_world import QUIET, small_tree, write_text
 
 DENSE: dict[str, dict[str, Any]] = {
     kind: {
@@ -56,6 +59,34 @@ def test_what_grows_out_of_a_dense_model_computes_the_same(kind: str) -> None:
     ids_BT = torch.randint(0, 96, (2, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(student(ids_BT).logits, model(ids_BT).logits, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
+def test_heads_of_another_width_stay_as_wide_from_the_dense_model_to_the_moe(kind: str, tmp_path: Path) -> None:
+    """hidden_size / num_attention_heads is 8 here; real models of Qwen3 have heads twice as wide as that quotient, too."""
+    model = dense(kind, head_dim=12)
+    student = student_of(model)
+    assert student.config.head_dim == 12
+    student.save_pretrained(tmp_path / "student")
+    merge_folders([tmp_path / "student"], GROWS_INTO[kind], tmp_path / "moe", experts=4)
+    ids_BT = torch.randint(0, 96, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted_BTV = model(ids_BT).logits
+        for name in ("student", "moe"):
+            loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+            torch.testing.assert_close(loaded(ids_BT).logits, wanted_BTV, atol=1e-6, rtol=1e-5)
+
+
+def test_a_moe_base_keeps_the_width_of_its_heads(tmp_path: Path) -> None:
+    """And its size is counted with them."""
+    family, values = families["qwen3_moe"], {**PRESETS["qwen3-moe-pico"].config, "head_dim": 24}
+    moe = from_config(make_config(values, vocab_size=96, positions=64), seed=0)
+    moe.save_pretrained(tmp_path)
+    target = family.ready_target(TargetOptions(base=str(tmp_path)).make(96, 64, None))
+    assert num_parameters(target) == sum(p.numel() for p in moe.parameters())
+    student = from_config(family.student_config(target), seed=1)
+    student.load_state_dict(mean_expert(moe.state_dict(), student.state_dict(), family, target))
+    assert student.get_parameter("model.layers.0.self_attn.k_norm.weight").shape == (24,)
 
 
 def test_the_shared_expert_of_a_grown_model_says_nothing_yet_but_learns() -> None:
@@ -129,6 +160,23 @@ def test_a_fleet_fuses_into_a_mixtral_grown_out_of_a_llama_folder(world: Path) -
     base, dense_model = load(world / "run" / "base"), load(world / "llama")
     name = "model.layers.1.self_attn.q_proj.weight"
     assert torch.equal(base.get_parameter(name), dense_model.get_parameter(name))
+
+
+def test_a_fleet_fuses_into_a_qwen3_moe_with_the_wide_heads_of_its_base(world: Path) -> None:
+    base = dense("qwen3", vocab_size=400, head_dim=12)
+    base.save_pretrained(world / "qwen3")
+    for file in (world / "llama").glob("tokenizer*"):
+        (world / "qwen3" / file.name).write_bytes(file.read_bytes())
+    target = {"base": str(world / "qwen3"), "config": {"num_experts": 3, "num_experts_per_tok": 1}}
+    config = parse_config(small_tree(world, target=target, evaluate=QUIET))
+    plan = make_plan(config)
+    assert launch(config, world / "wide") is not None
+    for name, planned in (("moe", plan.target_parameters), ("base", plan.student_parameters)):
+        model = AutoModelForCausalLM.from_pretrained(world / "wide" / name)
+        assert model.config.head_dim == 12
+        assert model.get_parameter("model.layers.0.self_attn.q_proj.weight").shape == (48, 32)
+        spare = 400 - model.config.vocab_size  # of the tokens that the plan counts the text fills fewer
+        assert planned == sum(p.numel() for p in model.parameters()) + spare * 2 * 32
 
 
 def test_a_fleet_goes_on_from_a_moe_that_it_made(world: Path) -> None:

@@ -20,6 +20,8 @@ from deepfusion.types import ModelSpec
 
 POSITION_KEYS = ("max_position_embeddings", "n_positions")
 SPECIAL_KEYS = ("eos_token_id", "bos_token_id", "pad_token_id")
+UNDECLARED = {kind: {"head_dim"} for kind in ("qwen2", "qwen2_moe", "qwen3_moe")}
+"""Keys that a model type's attention reads, though its configuration does not declare them; other models ignore such keys."""
 
 
 def make_config(
@@ -44,7 +46,7 @@ def make_config(
         hint = did_you_mean(model_type, tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
         raise ModelError(f'model_type = "{model_type}": not a causal LM of transformers{hint}; choose one that is')
     config_class = cast(Any, CONFIG_MAPPING[model_type])
-    known = _known_keys(config_class)
+    known = known_keys(config_class)
     _check_keys(keys, known, model_type)
     for key in POSITION_KEYS:
         if key in known and key not in config_class.attribute_map:
@@ -134,7 +136,7 @@ def with_overrides(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> Pr
     if not overrides:
         return config
     config_class = cast(Any, type(config))
-    _check_keys(overrides, _known_keys(config_class) | set(config.to_dict()), str(config.model_type))
+    _check_keys(overrides, known_keys(config_class) | set(config.to_dict()), str(config.model_type))
     try:
         return cast(PreTrainedConfig, config_class.from_dict({**config.to_dict(), **overrides}))
     except (TypeError, ValueError, StrictDataclassError) as error:
@@ -151,15 +153,21 @@ def preset_of(spec: ModelSpec) -> Preset | None:
     return next((p for p in PRESETS.values() if spec.hub is not None and p.hub == spec.hub), None)
 
 
-def _known_keys(config_class: Any) -> set[str]:
-    return {*config_class().to_dict(), *config_class.attribute_map, "rope_theta"}
+def known_keys(config_class: Any) -> set[str]:
+    """Keys that a model of this configuration class takes."""
+    undeclared = UNDECLARED.get(config_class.model_type, ())
+    return {*config_class().to_dict(), *config_class.attribute_map, *undeclared, "rope_theta"}
 
 
 def _check_keys(keys: Mapping[str, Any], known: set[str], model_type: str) -> None:
-    for key in keys:
+    for key, value in keys.items():
         if key not in known:
             hint = did_you_mean(key, tuple(known))
             raise ModelError(f'config key "{key}": {model_type} has no such key{hint}; remove or rename it')
+        if key in UNDECLARED.get(model_type, ()) and not (isinstance(value, int) and value > 0 and value % 2 == 0):
+            raise ModelError(
+                f"{key} = {value}: must be an even number above 0, for positions turn pairs; mend the value"
+            )
 
 
 def _check_heads(config: PreTrainedConfig) -> None:

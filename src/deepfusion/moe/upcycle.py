@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from deepfusion.devices.configurations import known_keys
 from deepfusion.errors import ModelError
 from deepfusion.moe.base import DENSE, EXPERT, ROUTER, Family
 from deepfusion.types import State
@@ -43,7 +44,7 @@ def family_name(base: PreTrainedConfig, known: Mapping[str, Family]) -> str:
 def target_values(base: PreTrainedConfig, family: Family) -> dict[str, Any]:
     """Configuration keys of the MoE whose experts are as large as the base's FFN; of a MoE base, its own."""
     config_class = cast(Any, CONFIG_MAPPING[family.model_type])
-    known = {*config_class().to_dict(), "rope_theta"} - {*NOT_SHAPE}
+    known = known_keys(config_class) - {*NOT_SHAPE}
     values = {key: value for key, value in base.to_dict().items() if key in known}
     if base.model_type != family.model_type:
         width = int(base.intermediate_size)
