@@ -28,7 +28,8 @@ TARGETS: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"model_type": "qwen2_moe", "moe_intermediate_size": 40, "shared_expert_intermediate_size": 24,
                   "intermediate_size": 64, "num_experts": 4, "norm_topk_prob": True},
 }  # fmt: skip
-IDS_BT = torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(0))
+LENGTH = 24
+IDS_BT = torch.randint(0, 96, (2, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
 def small(kind: str, **changes: Any) -> Any:
@@ -47,7 +48,7 @@ def student(target: str, **changes: Any) -> tuple[Any, Any]:
 
 def grown(source: Any, target: str, **changes: Any) -> Any:
     model, family = student(target, **changes)
-    assert cannot_grow(source.config, model.config, family) is None
+    assert cannot_grow(source.config, model.config, family, LENGTH) is None
     model.load_state_dict(grow(source.state_dict(), source.config, model.state_dict(), model.config, family))
     return model
 
@@ -116,6 +117,13 @@ def test_heads_that_are_new_learn_where_there_are_no_new_channels() -> None:
         ({"head_dim": 32}, {}, "it has 32 numbers a head, the student 16"),
         ({"vocab_size": 97}, {}, "it has 97 tokens of vocabulary"),
         ({"attention_bias": True}, {}, "it has biases"),
+        ({"hidden_act": "gelu"}, {}, "its activation function is gelu, the student's silu"),
+        (
+            {"model_type": "mistral", "sliding_window": 8},
+            {},
+            "its attention reaches over 8 tokens, the student's over 24",
+        ),
+        ({}, {"sliding_window": 8}, "its attention reaches over 24 tokens, the student's over 8"),
         ({"tie_word_embeddings": False}, {}, "an output head of its own"),
     ],
 )
@@ -123,7 +131,34 @@ def test_what_cannot_grow_is_told_with_the_reason(source: dict[str, Any], target
     model, family = student("mixtral", **target)
     values = source if "n_embd" in source else {"model_type": "llama", **SMALL, **source}
     config = make_config({"vocab_size": 96, **values}, vocab_size=None, positions=1)
-    assert said in str(cannot_grow(config, model.config, family))
+    assert said in str(cannot_grow(config, model.config, family, LENGTH))
+
+
+def test_biases_of_qwen2_need_a_place() -> None:
+    model, family = student("qwen2_moe", qkv_bias=False)
+    source = make_config({"model_type": "qwen2", **SMALL}, vocab_size=None, positions=1)
+    assert cannot_grow(source, model.config, family, LENGTH) == "it has biases that the student has not"
+
+
+def test_sliding_windows_of_some_layers_are_compared_layer_by_layer() -> None:
+    sliding = {"use_sliding_window": True, "sliding_window": 8}
+    model, family = student("qwen2_moe", **sliding, max_window_layers=3)
+    assert model.config.layer_types == ["sliding_attention", "full_attention", "sliding_attention"]
+
+    def why(**layers: Any) -> str | None:
+        source = make_config({"model_type": "qwen2", **SMALL, **sliding, **layers}, vocab_size=None, positions=1)
+        return cannot_grow(source, model.config, family, LENGTH)
+
+    assert why(layer_types=model.config.layer_types[:2]) is None
+    assert why(max_window_layers=1) == "its attention reaches over 24 tokens, the student's over 8"
+    assert why(max_window_layers=0) == "its attention reaches over 8 tokens, the student's over 24"
+
+
+def test_a_sliding_window_as_long_as_the_text_changes_nothing() -> None:
+    source = small("mistral", sliding_window=LENGTH)
+    with torch.no_grad():
+        gap = grown(source, "mixtral")(IDS_BT).logits - source(IDS_BT).logits
+    assert float(gap.abs().max()) < 2e-3, "the epsilon of the norm is all that differs"
 
 
 def test_the_shipped_llamas_grow_into_the_shipped_qwen() -> None:
@@ -131,4 +166,4 @@ def test_the_shipped_llamas_grow_into_the_shipped_qwen() -> None:
         family = families["qwen2_moe"]
         target = family.ready_target(make_config(PRESETS[f"qwen2-moe-{size}"].config, vocab_size=512, positions=64))
         llama = make_config(PRESETS[f"llama-{size}"].config, vocab_size=512, positions=64)
-        assert cannot_grow(llama, family.student_config(target), family) is None
+        assert cannot_grow(llama, family.student_config(target), family, LENGTH) is None

@@ -100,7 +100,10 @@ def grown(
     """
     family, target = family_and_config(site)
     student = family.student_config(target, slices=slices)
-    reasons = {n: cannot_grow(configurations.read_config(str(path)), student, family) for n, path in sources.items()}
+    reasons = {
+        n: cannot_grow(configurations.read_config(str(path)), student, family, site.sequence_length)
+        for n, path in sources.items()
+    }
     able = {n: path for n, path in sources.items() if reasons[n] is None}
     if not able:
         why = "; ".join(sorted({str(reason) for reason in reasons.values()}))

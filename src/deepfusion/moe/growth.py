@@ -21,13 +21,24 @@ WIDENS_INTO = {"llama": ("mixtral", "qwen2_moe"), "mistral": ("mixtral", "qwen2_
 """Dense model types, and the families whose attention and norms are theirs."""
 
 
-def cannot_grow(source: PreTrainedConfig, student: PreTrainedConfig, family: Family) -> str | None:
-    """Why a dense model cannot grow into this student; None where it can."""
+def cannot_grow(
+    source: PreTrainedConfig, student: PreTrainedConfig, family: Family, sequence_length: int
+) -> str | None:
+    """Why a dense model cannot grow into this student; None where it can.
+
+    Args:
+        sequence_length: tokens of the longest text that they have to read alike.
+    """
     kind = str(source.model_type)
     if family.model_type not in WIDENS_INTO.get(kind, ()):
         return f"a {kind} is not built like a {family.model_type}"
-    if kind != "qwen2" and (getattr(source, "attention_bias", False) or getattr(source, "mlp_bias", False)):
+    if _too_many_biases(source, student):
         return "it has biases that the student has not"
+    if source.hidden_act != student.hidden_act:
+        return f"its activation function is {source.hidden_act}, the student's {student.hidden_act}"
+    for mine, other in zip(_reaches(source, sequence_length), _reaches(student, sequence_length), strict=False):
+        if mine != other:
+            return f"its attention reaches over {mine} tokens, the student's over {other}"
     if student.tie_word_embeddings and not source.tie_word_embeddings:
         return "it has an output head of its own"
     if _group(source) != _group(student):
@@ -74,6 +85,20 @@ def grow(
             if norm in old:
                 state[prefix + norm] = plan.norm(old[norm])
     return state
+
+
+def _too_many_biases(source: PreTrainedConfig, student: PreTrainedConfig) -> bool:
+    """Whether the dense model has biases for which the student has no place; Qwen2 has them in q, k and v."""
+    if source.model_type == "qwen2":
+        return not student.qkv_bias
+    return bool(getattr(source, "attention_bias", False) or getattr(source, "mlp_bias", False))
+
+
+def _reaches(config: PreTrainedConfig, length: int) -> list[int]:
+    """How many tokens each layer's attention reads of a text of `length`."""
+    window = min(int(getattr(config, "sliding_window", None) or length), length)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * int(config.num_hidden_layers)
+    return [window if kind == "sliding_attention" else length for kind in kinds]
 
 
 def _group(config: PreTrainedConfig) -> float:
