@@ -18,6 +18,7 @@ from deepfusion.devices.configurations import read_config
 from deepfusion.devices.models import load
 from deepfusion.errors import ModelError
 from deepfusion.moe import Family, families
+from deepfusion.moe.agreement import check_students, check_tensors, student_of
 from deepfusion.moe.stream import merged_tensors
 from deepfusion.moe.tensor_files import DTYPES, Reader, Spec, stored_tensors, write_folder
 from deepfusion.stages.merge import MergeOptions, check_merge, open_students
@@ -66,7 +67,7 @@ def merge_folders(
         target: folder or file with the MoE's own configuration, which then decides on both; needed for deepseek_v3.
 
     Raises:
-        ModelError: no such family, the students do not fit it or one another, hold NaN, or the check fails.
+        ModelError: no such family, the students fit it, the target or one another not, hold NaN, or the check fails.
     """
     if family_name not in families:
         raise ModelError(f"--family {family_name}: no such family; choose one of {', '.join(families)}")
@@ -82,6 +83,7 @@ def merge_folders(
     try:
         with Reader() as reader:
             tensors = merged_tensors(students, family, config, reader, seed)
+            check_tensors((spec for spec, _ in tensors), config, students[0])
             number = count(1)
 
             def done(spec: Spec) -> None:
@@ -99,11 +101,7 @@ def merge_folders(
 
 def _target(family: Family, students: Sequence[Path], experts: int, top_k: int, given: Path | None) -> PreTrainedConfig:
     """The MoE's configuration: the one given, or the first student's with more experts."""
-    own: PreTrainedConfig = read_config(students[0])
-    if own.model_type != family.model_type:
-        raise ModelError(
-            f"{students[0]}: is a {own.model_type}, not a {family.model_type}; give the --family of the students"
-        )
+    own = student_of(students[0], family)
     if given is not None:
         target = read_config(given)
     elif family.student == "dense":
@@ -114,6 +112,7 @@ def _target(family: Family, students: Sequence[Path], experts: int, top_k: int, 
         values = {**own.to_dict(), family.num_experts_key: experts, "num_experts_per_tok": min(top_k, experts)}
         target = type(own).from_dict(values)
     target = family.ready_target(target)
+    check_students(students, family=family, target=target, given=given)
     if family.scaling == "calibrated":  # a random router is nearly even: each of the k weights is about 1 / E
         target.routed_scaling_factor = family.num_experts(target) / int(target.num_experts_per_tok or 1)
     dtypes = {stored.spec.dtype for stored in stored_tensors(students[0]).values()}

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from distill_world import config, write_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from deepfusion.devices.configurations import read_config
 from deepfusion.devices.models import from_config, load, save
 from deepfusion.errors import ModelError
 from deepfusion.merging import merge_folders
 from deepfusion.moe import Family, families, tensor_files
+from deepfusion.moe.stream import merged_tensors
 from deepfusion.stages import merge as in_memory
 from deepfusion.stages.router import random_router
 
@@ -184,3 +187,79 @@ def test_a_dense_family_asks_for_its_configuration(tmp_path: Path) -> None:
         ModelError, match=r"students are dense and do not say how wide an expert is; give --target CONFIG"
     ):
         merge_folders(students, "deepseek_v3", tmp_path / "moe")
+
+
+@pytest.mark.parametrize(("model_type", "change"), [
+    ("qwen2_moe", {"num_hidden_layers": 5, "layer_types": None}),
+    ("qwen2_moe", {"num_hidden_layers": 1, "layer_types": None}),
+    ("qwen2_moe", {"hidden_act": "gelu"}),
+    ("qwen2_moe", {"rms_norm_eps": 0.1}),
+    ("qwen2_moe", {"mlp_only_layers": [1]}),
+    ("qwen2_moe", {"vocab_size": 400}),
+    ("mixtral", {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}),
+    ("deepseek_v3", {"num_hidden_layers": 5}),
+], ids=str)  # fmt: skip
+def test_a_target_that_is_no_moe_of_these_students_is_refused(
+    model_type: str, change: dict[str, Any], tmp_path: Path
+) -> None:
+    target = target_of(model_type)
+    students = make_students(tmp_path, families[model_type], target, 2)
+    other = type(target).from_dict({**target.to_dict(), **change})
+    other.save_pretrained(tmp_path / "other")
+    key = next(iter(change))
+    mine, its = (re.escape(repr(c.to_dict()[key])) for c in map(read_config, (students[0], tmp_path / "other")))
+    with pytest.raises(ModelError, match=rf"0: {key} = {mine}, but .*other wants {its} of its students; mend {key}"):
+        merge_folders(students, model_type, tmp_path / "moe", target=tmp_path / "other")
+    assert not list(tmp_path.glob("moe*"))
+
+
+@pytest.mark.parametrize("change", [
+    {"hidden_act": "gelu"}, {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}, {"num_attention_heads": 1}
+], ids=str)  # fmt: skip
+def test_students_that_say_unlike_things_of_themselves_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    students = make_students(tmp_path, families["qwen2_moe"], target_of("qwen2_moe"), 2)
+    own = json.loads((students[1] / "config.json").read_text())
+    (students[1] / "config.json").write_text(json.dumps({**own, **change}))
+    with pytest.raises(
+        ModelError, match=rf"1: {next(iter(change))} = .*, but a MoE made after .*0 wants .*; merge students"
+    ):
+        merged(tmp_path, "qwen2_moe", students)
+
+
+def test_what_a_student_is_called_and_how_it_was_trained_does_not_matter(tmp_path: Path) -> None:
+    students = make_students(tmp_path, families["qwen2_moe"], target_of("qwen2_moe"), 2)
+    own = json.loads((students[1] / "config.json").read_text())
+    change = {
+        "eos_token_id": 5,
+        "dtype": "float16",
+        "initializer_range": 0.1,
+        "attention_dropout": 0.2,
+        "nickname": "b",
+    }
+    (students[1] / "config.json").write_text(json.dumps({**own, **change}))
+    assert merged(tmp_path, "qwen2_moe", students).is_dir()
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_whole_moe_is_no_student(model_type: str, tmp_path: Path) -> None:
+    target = target_of(model_type)
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    save(from_config(target, 0), tmp_path / "whole", tokenizer)
+    target.save_pretrained(tmp_path / "target")
+    with pytest.raises(ModelError, match=r"whole: .*; merge folders of one expert each"):
+        merged(tmp_path, model_type, [tmp_path / "whole"] * 2)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_tensors_that_are_not_the_whole_moe_are_refused(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = target_of(model_type)
+    students = make_students(tmp_path, families[model_type], target, families[model_type].num_experts(target))
+
+    def shortened(*args: Any) -> Any:
+        return [(spec, write) for spec, write in merged_tensors(*args) if "layers.1.input_layernorm" not in spec.name]
+
+    monkeypatch.setattr("deepfusion.merging.merged_tensors", shortened)
+    with pytest.raises(ModelError, match=r"layers.1.input_layernorm.weight is missing, but a .* has it \(\d+,\); save"):
+        merged(tmp_path, model_type, students)
