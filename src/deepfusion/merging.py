@@ -113,7 +113,7 @@ def _target(family: Family, students: Sequence[Path], experts: int, top_k: int, 
         target = type(own).from_dict(values)
     target = family.ready_target(target)
     check_students(students, family=family, target=target, given=given)
-    if family.scaling == "calibrated":  # a random router is nearly even: each of the k weights is about 1 / E
+    if family.scaling == "calibrated":  # its first router is nearly even: each of the k weights is about 1 / E
         target.routed_scaling_factor = family.num_experts(target) / int(target.num_experts_per_tok or 1)
     dtypes = {stored.spec.dtype for stored in stored_tensors(students[0]).values()}
     target.architectures, target.dtype = own.architectures, DTYPES[min(dtypes)] if len(dtypes) == 1 else own.dtype

@@ -7,6 +7,7 @@ stacked tensors of a model in memory.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,8 @@ from deepfusion.training import derive_seed
 EXPERT = re.compile(r"^(?P<layer>.*\.experts\.)0(?P<matrix>\..+)$")
 ROUTER = re.compile(r"\.(?:mlp|block_sparse_moe)\.gate\.weight$")
 ROUTER_STD = 0.02
+EVEN_STD = 0.01
+"""Of the logits, where a token's weights do not sum to 1 by themselves: so near to even, they sum to k / E within 3%."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ def merged_tensors(
 ) -> list[tuple[Spec, Write]]:
     """The target's tensors, each with what writes it: expert e is student e mod K's, the rest is the students' mean.
 
-    Routers are random, N(0, 0.02^2): nothing is known of the domains here.
+    Routers are random, N(0, 0.02^2): nothing is known of the domains here. Those of a family whose weights depend on
+    how sure a router is are nearly even: N(0, EVEN_STD^2 / H).
 
     Raises:
         ModelError: a student has other tensors than the first, or is no single-expert student of this family.
@@ -69,6 +73,8 @@ def _made_of(
 ) -> Iterator[tuple[Spec, Write]]:
     """What becomes of one tensor of the students."""
     count, scale = family.num_experts(target), family.sure_weight(target)
+    gate = (count, int(target.hidden_size))
+    std = EVEN_STD / math.sqrt(gate[1]) if family.scaling == "calibrated" else ROUTER_STD
     found = LAYER.search(name)
     sparse = found is not None and int(found[1]) in family.moe_layers(target)
     if family.student == "dense" and sparse and (kind := DENSE.search(name)):
@@ -79,7 +85,7 @@ def _made_of(
             yield _mean(f"{prefix}experts.{e}.{matrix}", [expert[e % len(of)]], reader, divisor)
         yield _mean(f"{prefix}shared_experts.{matrix}", shared, reader)
         if kind[1] == "gate":
-            yield _router(prefix + "gate.weight", (count, int(target.hidden_size)), of[0].spec.dtype, seed)
+            yield _router(Spec(prefix + "gate.weight", of[0].spec.dtype, gate), std, seed)
             if family.scores == "sigmoid":
                 yield _zeros(Spec(prefix + "gate.e_score_correction_bias", "F32", (count,)))
     elif expert_name := EXPERT.match(name):
@@ -87,7 +93,7 @@ def _made_of(
         for e in range(count):
             yield _mean(f"{expert_name['layer']}{e}{expert_name['matrix']}", [_whole(of[e % len(of)])], reader, divisor)
     elif sparse and ROUTER.search(name):
-        yield _router(name, (count, int(target.hidden_size)), of[0].spec.dtype, seed)
+        yield _router(Spec(name, of[0].spec.dtype, gate), std, seed)
     else:
         yield _mean(name, [_whole(tensor) for tensor in of], reader)
 
@@ -162,12 +168,12 @@ def _write(out: int, tensor: torch.Tensor) -> None:
         data = data[os.write(out, data) :]
 
 
-def _router(name: str, shape: tuple[int, int], dtype: str, seed: int) -> tuple[Spec, Write]:
+def _router(spec: Spec, std: float, seed: int) -> tuple[Spec, Write]:
     def write(out: int) -> None:
-        generator = torch.Generator().manual_seed(derive_seed(seed, "router", name))
-        _write(out, (torch.randn(shape, generator=generator) * ROUTER_STD).to(DTYPES[dtype]))
+        generator = torch.Generator().manual_seed(derive_seed(seed, "router", spec.name))
+        _write(out, (torch.randn(spec.shape, generator=generator) * std).to(DTYPES[spec.dtype]))
 
-    return Spec(name, dtype, shape), write
+    return spec, write
 
 
 def _zeros(spec: Spec) -> tuple[Spec, Write]:
