@@ -126,12 +126,14 @@ def _row_cross_entropy(scores: Scores, batch: Batch) -> torch.Tensor:
     return torch.stack(nll).sum(1)
 
 
-def balance_loss(probabilities: Sequence[torch.Tensor], top_k: int, valid_BT: torch.Tensor) -> torch.Tensor:
+def balance_loss(
+    probabilities: Sequence[torch.Tensor], chosen: Sequence[torch.Tensor], valid_BT: torch.Tensor
+) -> torch.Tensor:
     """E * sum_i f_i * Pbar_i, averaged over the MoE layers: 1 under uniform routing, at most E (method, section 9).
 
     Args:
         probabilities: each MoE layer's routing probabilities, [B*T, E], rows summing to 1; gradients flow through them.
-        top_k: experts that a token is sent to.
+        chosen: the experts that each MoE layer's router sends the tokens to, [B*T, k]: not always the most probable ones.
         valid_BT: bool, False on padding, which is left out.
 
     Returns:
@@ -139,10 +141,9 @@ def balance_loss(probabilities: Sequence[torch.Tensor], top_k: int, valid_BT: to
     """
     valid_R = valid_BT.flatten()
     losses: list[torch.Tensor] = []
-    for probability_RE in probabilities:
-        kept_RE = probability_RE[valid_R]
-        chosen = kept_RE.topk(top_k, dim=-1).indices.flatten()
-        share_E = torch.bincount(chosen, minlength=kept_RE.shape[-1]).to(kept_RE.dtype) / max(1, chosen.numel())
+    for probability_RE, chosen_Rk in zip(probabilities, chosen, strict=True):
+        kept_RE, sent = probability_RE[valid_R], chosen_Rk[valid_R].flatten()
+        share_E = torch.bincount(sent, minlength=kept_RE.shape[-1]).to(kept_RE.dtype) / max(1, sent.numel())
         losses.append(kept_RE.shape[-1] * (share_E * kept_RE.sum(0) / max(1, len(kept_RE))).sum())
     return torch.stack(losses).mean()
 

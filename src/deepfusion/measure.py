@@ -57,9 +57,7 @@ def measure(
     score = scorer.folder("moe", moe)
     family = families[config.target.model_type]
     model = models.load(moe)
-    load = expert_load(
-        model, site.data.test, site.sequence_length, family=family, top_k=int(model.config.num_experts_per_tok)
-    )
+    load = expert_load(model, site.data.test, site.sequence_length, family=family)
     clusters = read_clusters(site.folder.path)
     merged = site.folder / "merged"
     devices = devices_of(config, site, ledger, clusters)

@@ -293,18 +293,22 @@ def test_half_precision_logits_get_their_gradient_in_their_own_type() -> None:
     assert float(gradient.float().abs().max()) > 0
 
 
+def best(score_RE: torch.Tensor, top_k: int) -> torch.Tensor:
+    """What a router without groups chooses."""
+    return score_RE.topk(top_k, dim=-1).indices
+
+
 def test_balance_loss_is_one_under_uniform_routing() -> None:
     cyclic_RE = torch.eye(4).repeat(6, 1) * 1e-4 + 0.25  # all but uniform, the choices take turns
     valid_BT = torch.ones(4, 6, dtype=torch.bool)
-    assert float(balance_loss([cyclic_RE / cyclic_RE.sum(-1, keepdim=True)] * 3, 1, valid_BT)) == pytest.approx(
-        1, abs=1e-4
-    )
+    probability_RE = cyclic_RE / cyclic_RE.sum(-1, keepdim=True)
+    assert float(balance_loss([probability_RE] * 3, [best(cyclic_RE, 1)] * 3, valid_BT)) == pytest.approx(1, abs=1e-4)
 
 
 def test_balance_loss_is_the_number_of_experts_when_one_expert_takes_all() -> None:
     valid_BT = torch.ones(4, 6, dtype=torch.bool)
     collapsed_RE = torch.eye(5)[torch.zeros(24, dtype=torch.long)]
-    assert float(balance_loss([collapsed_RE], 1, valid_BT)) == pytest.approx(5)
+    assert float(balance_loss([collapsed_RE], [best(collapsed_RE, 1)], valid_BT)) == pytest.approx(5)
 
 
 @given(seed=st.integers(0, 10_000), top_k=st.integers(1, 5), sharp=st.floats(0.1, 50))
@@ -312,16 +316,25 @@ def test_balance_loss_is_the_number_of_experts_when_one_expert_takes_all() -> No
 def test_balance_loss_stays_between_zero_and_the_number_of_experts(seed: int, top_k: int, sharp: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     probability_RE = (torch.randn(B * T, 5, generator=generator) * sharp).softmax(-1)
-    assert 0 < float(balance_loss([probability_RE], top_k, batch_of().valid_BT)) <= 5 + 1e-4
+    assert 0 < float(balance_loss([probability_RE], [best(probability_RE, top_k)], batch_of().valid_BT)) <= 5 + 1e-4
+
+
+def test_balance_loss_counts_what_the_router_chose() -> None:
+    """All tokens go to the least probable expert, as a router of groups may send them."""
+    probability_RE = torch.tensor([0.4, 0.3, 0.1, 0.2]).expand(24, -1)
+    chosen_Rk = torch.full((24, 1), 2)
+    assert float(balance_loss([probability_RE], [chosen_Rk], torch.ones(4, 6, dtype=torch.bool))) == pytest.approx(
+        4 * 0.1
+    )
 
 
 def test_balance_loss_ignores_padding_and_has_a_gradient() -> None:
     valid_BT = batch_of().valid_BT
     raw_RE = torch.randn(B * T, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    loss = balance_loss([raw_RE.softmax(-1)], 2, valid_BT)
+    loss = balance_loss([raw_RE.softmax(-1)], [best(raw_RE, 2)], valid_BT)
     (gradient,) = torch.autograd.grad(loss, raw_RE)
     moved_RE = torch.where(valid_BT.flatten()[:, None], raw_RE, raw_RE.flip(-1) * 3)
-    assert torch.equal(balance_loss([moved_RE.softmax(-1)], 2, valid_BT), loss)
+    assert torch.equal(balance_loss([moved_RE.softmax(-1)], [best(moved_RE, 2)], valid_BT), loss)
     assert float(gradient[valid_BT.flatten()].abs().max()) > 0
     assert float(gradient[~valid_BT.flatten()].abs().max()) == 0
 

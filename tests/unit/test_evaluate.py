@@ -115,7 +115,7 @@ def test_loads_are_shares_of_the_chosen_experts(model_type: str) -> None:
     family = families[model_type]
     target = family.ready_target(config(f"{model_type.replace('_', '-')}-pico", num_hidden_layers=2))
     model, top, experts = from_config(target, seed=1), int(target.num_experts_per_tok), family.num_experts(target)
-    load = expert_load(model, corpus_of(), 16, family=family, top_k=top)
+    load = expert_load(model, corpus_of(), 16, family=family)
     assert set(load) == {"even", "odd"}
     for shares in load.values():
         assert len(shares) == experts
@@ -124,7 +124,7 @@ def test_loads_are_shares_of_the_chosen_experts(model_type: str) -> None:
     with torch.no_grad():  # the first experts win always
         for router in routers(model):
             router.weight.zero_()  # type: ignore[operator]
-    even = expert_load(model, corpus_of(), 16, family=family, top_k=top)
+    even = expert_load(model, corpus_of(), 16, family=family)
     assert even["even"] == pytest.approx(even["odd"])
     assert mutual_information(even) == pytest.approx(0, abs=1e-12)
 

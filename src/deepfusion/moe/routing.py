@@ -76,11 +76,11 @@ def watching(model: PreTrainedModel, batch: Batch, penalty: Penalty | None) -> A
 
 def balance_penalty(model: PreTrainedModel, weight: float) -> Penalty:
     """The balance loss over the experts, weighted."""
-    family, top_k = families[model.config.model_type], int(model.config.num_experts_per_tok)
+    family = families[model.config.model_type]
 
     def penalty(routing: Routing) -> torch.Tensor:
         shares = [family.probabilities(logits_RE.float()) for logits_RE in routing.logits]
-        return weight * balance_loss(shares, top_k, routing.valid_BT)
+        return weight * balance_loss(shares, routing.chosen, routing.valid_BT)
 
     return penalty
 

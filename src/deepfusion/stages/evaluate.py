@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from deepfusion.data.packing import document_batches
 from deepfusion.devices.features import forward
 from deepfusion.moe.base import Family
-from deepfusion.moe.routing import router_logits
+from deepfusion.moe.routing import router_choices
 from deepfusion.training import accelerator
 from deepfusion.types import Corpus, Progress, silent
 
@@ -107,21 +107,20 @@ def total(scores: dict[str, Score]) -> Score:
 
 @torch.no_grad()
 def expert_load(
-    model: PreTrainedModel, corpus: Corpus, sequence_length: int, *, family: Family, top_k: int
+    model: PreTrainedModel, corpus: Corpus, sequence_length: int, *, family: Family
 ) -> dict[str, list[float]]:
     """Share of each expert in a domain's routed assignments, mean over the MoE layers; a domain's E shares sum to 1."""
-    compute = accelerator()
+    compute, experts = accelerator(), family.num_experts(model.config)
     model.to(compute.device).eval()
     counts: dict[int, torch.Tensor] = {}
     for documents_B, batch in document_batches(corpus, sequence_length):
         batch = batch.to(compute.device)
-        with router_logits(model) as logits, compute.autocast():
+        with router_choices(model) as chosen, compute.autocast():
             forward(model, batch)
         domain_B = torch.as_tensor(corpus.domain_U[documents_B], device=compute.device)
-        for layer_TE in logits:
-            chosen_Tk = family.probabilities(layer_TE.float()).topk(top_k, dim=-1).indices
-            hot_BTE = torch.zeros_like(layer_TE, dtype=torch.float64).scatter_(1, chosen_Tk, 1.0)
-            hot_BTE = hot_BTE.view(*batch.valid_BT.shape, -1) * batch.valid_BT[..., None]
+        for chosen_Tk in chosen:
+            hot_TE = torch.zeros(len(chosen_Tk), experts, dtype=torch.float64, device=chosen_Tk.device)
+            hot_BTE = hot_TE.scatter_(1, chosen_Tk, 1.0).view(*batch.valid_BT.shape, -1) * batch.valid_BT[..., None]
             for domain in domain_B.unique().tolist():
                 used_E = hot_BTE[domain_B == domain].sum((0, 1)).cpu()
                 counts[domain] = counts.get(domain, torch.zeros_like(used_E)) + used_E

@@ -26,7 +26,7 @@ from deepfusion.devices.read_ahead import ReadAhead
 from deepfusion.losses import TeacherScores, Trust, balance_loss, listen, next_token_losses
 from deepfusion.moe import Family
 from deepfusion.moe.base import expert_parameters
-from deepfusion.moe.routing import router_logits
+from deepfusion.moe.routing import router_choices, router_logits
 from deepfusion.training import Checkpoint, Optimisation, accelerator, derive_seed, fit, to_device
 from deepfusion.types import Batch, Progress, Proxy, Text, concatenate, silent, split_rows
 
@@ -210,10 +210,10 @@ def tuning_losses(
         teachers: each domain's (outputs on its rows, omega).
         rows: how many rows of the batch are each domain's, in order. A domain's losses weigh as much as its rows.
     """
-    with router_logits(model) as routed:
+    with router_logits(model) as routed, router_choices(model) as chosen:
         scores = read(model, batch).scores
     probabilities = [family.probabilities(logits_RE.float()) for logits_RE in routed]
-    balance = balance_loss(probabilities, int(model.config.num_experts_per_tok), batch.valid_BT)
+    balance = balance_loss(probabilities, chosen, batch.valid_BT)
     loss = options.balance * balance
     cross_entropy = divergence = loss.new_zeros(())
     parts_of = zip(scores.split(rows), split_rows(batch, rows), teachers, strict=True)
