@@ -278,3 +278,44 @@ def test_tensors_that_are_not_the_whole_moe_are_refused(
     monkeypatch.setattr("deepfusion.merging.merged_tensors", shortened)
     with pytest.raises(ModelError, match=r"layers.1.input_layernorm.weight is missing, but a .* has it \(\d+,\); save"):
         merged(tmp_path, model_type, students)
+
+
+@pytest.mark.parametrize("name", [
+    "model.embed_tokens.weight", "model.layers.0.self_attn.v_proj.weight",
+    "model.layers.0.post_attention_layernorm.weight", "model.layers.0.mlp.gate.weight",
+    "model.layers.0.mlp.shared_expert.up_proj.weight", "model.layers.0.mlp.experts.1.down_proj.weight",
+    "model.layers.1.mlp.experts.3.gate_proj.weight", "model.layers.1.mlp.gate.weight", "model.norm.weight",
+])  # fmt: skip
+def test_a_weight_that_was_written_wrong_is_noticed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    students = make_students(tmp_path, families["qwen2_moe"], target_of("qwen2_moe"), 2)
+
+    def written_wrong(folder: Path, *rest: Any) -> None:
+        tensor_files.write_folder(folder, *rest)
+        spoil(folder, lambda state: state[name].zero_())
+
+    monkeypatch.setattr("deepfusion.merging.write_folder", written_wrong)
+    with pytest.raises(ModelError, match=r"the merged qwen2_moe (with expert \d differs|has a router in layer)"):
+        merged(tmp_path, "qwen2_moe", students, experts=4)
+    assert not list(tmp_path.glob("moe*"))
+
+
+def test_what_the_check_opens_does_not_grow_with_vocabulary_depth_and_experts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[int] = []
+
+    def opening(folder: Path) -> Any:
+        model = load(folder)
+        opened.append(model.num_parameters())
+        return model
+
+    monkeypatch.setattr("deepfusion.merging.load", opening)
+    largest: list[int] = []
+    for number, (layers, vocabulary, experts) in enumerate([(2, 300, 2), (4, 3000, 8)]):
+        target = target_of("qwen2_moe", num_hidden_layers=layers, layer_types=["full_attention"] * layers)
+        target.vocab_size = vocabulary
+        folder = tmp_path / str(number)
+        merged(folder, "qwen2_moe", make_students(folder, families["qwen2_moe"], target, 2), experts=experts)
+        largest.append(max(opened))
+        opened.clear()
+    assert largest[0] == largest[1]
