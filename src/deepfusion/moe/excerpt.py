@@ -59,13 +59,14 @@ def write_excerpt(
                 continue
             if stored.file not in files:
                 files[stored.file] = stack.enter_context(safe_open(stored.file, framework="pt"))
-            view = files[stored.file].get_slice(name)
-            if name.endswith(BY_TOKEN):
-                tensor = torch.cat([view[row : row + 1] for row in ids])
-            elif ROUTER.search(name) or name.endswith("e_score_correction_bias"):
-                tensor = torch.cat([view[row : row + 1] for row in experts])
+            rows = ids if name.endswith(BY_TOKEN) else None
+            if ROUTER.search(name) or name.endswith("e_score_correction_bias"):
+                rows = experts
+            if rows is None:
+                tensor = files[stored.file].get_tensor(name)
             else:
-                tensor = view[:] if stored.spec.shape else files[stored.file].get_tensor(name)
+                view = files[stored.file].get_slice(name)
+                tensor = torch.cat([view[row : row + 1] for row in rows])
             if expert:
                 name = EXPERT.sub(str(list(experts).index(int(expert[0]))), name)
             state[LAYER.sub(".layers.0.", name)] = tensor.contiguous()
