@@ -213,6 +213,8 @@ def main() -> None:
             write_atomic(kept, json.dumps(document, indent=1))
             write_atomic(asked.out / "faults.md", table(rows))
     print(table(rows))
+    if any(fleet.exitcode for fleet in fleets):
+        sys.exit("a fleet has failed, see above; start again to go on with what is missing")
 
 
 if __name__ == "__main__":
