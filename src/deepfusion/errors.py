@@ -11,6 +11,11 @@ def printable(said: str) -> str:
     return "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in said)
 
 
+def few(names: Sequence[str]) -> str:
+    """The first three of them, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 class DeepFusionError(Exception):
     """Base of all errors that deepfusion raises on purpose. Catch this one to catch them all."""
 

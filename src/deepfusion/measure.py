@@ -18,7 +18,7 @@ from deepfusion.devices import models
 from deepfusion.devices.releases import text_digest
 from deepfusion.federation.ledger import Ledger
 from deepfusion.methods.base import Site, methods
-from deepfusion.methods.rounds import ROUND
+from deepfusion.methods.rounds import ROUND, round_count
 from deepfusion.moe import families
 from deepfusion.record import (
     Baselines,
@@ -198,18 +198,13 @@ def _rounds(config: RunConfig, site: Site, scorer: _Scorer) -> list[Metrics]:
     folder = site.folder / "rounds"
     if not config.evaluate.rounds or not folder.exists():
         return []
-    numbers = range(round_count(config))
+    numbers = range(round_count(config.method))
     return [as_metrics(scorer.folder(f"round {number}", folder / str(number))) for number in numbers]
-
-
-def round_count(config: RunConfig) -> int:
-    """Rounds of the method, or of what it goes on with; a resumed folder may hold more, of an earlier configuration."""
-    return int(getattr(getattr(config.method, "continued", None) or config.method, "rounds", 0))
 
 
 def _round_records(config: RunConfig, folder: Path) -> list[RoundRecord]:
     """What the rounds' own notes tell."""
-    paths = [folder / str(number) / ROUND for number in range(round_count(config))]
+    paths = [folder / str(number) / ROUND for number in range(round_count(config.method))]
     return [RoundRecord.of(json.loads(path.read_text())) for path in paths if path.exists()]
 
 

@@ -91,7 +91,7 @@ class BudgetRecord(_Part):
     Warm starts are outside, and so is what devices compute beside their training.
 
     Attributes:
-        device_tokens: private tokens that all devices' trainings read.
+        device_tokens: private tokens that all devices' trainings read; of rounds, those whose answers the server had.
         server_tokens: public tokens that the server's trainings read.
         device_flops, server_flops: 6 FLOPs a token and parameter that is trained, 2 for one that is only read through.
     """

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from deepfusion.federation.payload import read_metadata
 from deepfusion.methods.base import Site
 from deepfusion.methods.budget import rows
 from deepfusion.methods.gathering import ASKED
+from deepfusion.methods.rounds import read_round, round_count
 from deepfusion.record import BudgetRecord, ClusterRecord, DeviceRecord
 from deepfusion.run import largest_trainings, private_corpus, shapes_of, text_is_here, trainings
 from deepfusion.stages.local import steps_for
@@ -70,6 +71,7 @@ def budget_of(
     fleet, length, found = config.devices, site.sequence_length, trainings(config)
     private = read = flops = 0
     asked = json.loads(path.read_text()) if (path := site.folder / ASKED).exists() else None
+    rounds = [read_round(site.folder / "rounds" / str(number)) for number in range(round_count(config.method))]
     for device in devices:
         if fleet.privacy is None:
             steps = steps_for(device.tokens, length, fleet.training, fleet.epochs, fleet.max_steps)
@@ -80,8 +82,10 @@ def budget_of(
         whole = steps * rows(fleet.training) * each_row
         private += round(whole)
         own = 0 if asked is None or device.id in asked else 1  # who was not asked for a model has not trained its own
-        for training in found[device.architecture][own:]:
-            mine = round(whole * training.share)
+        for number, training in enumerate(found[device.architecture][own:], own):
+            in_rounds = rounds and number == len(found[device.architecture]) - 1
+            share = _share_answered(device.id, steps, rounds) if in_rounds else training.share
+            mine = round(whole * share)
             each = 3 * memory.forward_flops_per_token(training.model)
             read, flops = read + mine, flops + (mine + training.public_rows * length) * each
     shapes = shapes_of(config)
@@ -93,3 +97,9 @@ def budget_of(
         device_flops=flops,
         server_flops=sum(training.tokens * training.flops_per_token for training in work),
     )
+
+
+def _share_answered(device_id: str, steps: int, rounds: Sequence[Mapping[str, Any]]) -> float:
+    """Of the steps that a device would take in all rounds, those of the rounds that it has answered."""
+    parts = [steps * (number + 1) // len(rounds) - steps * number // len(rounds) for number in range(len(rounds))]
+    return sum(part for part, told in zip(parts, rounds, strict=True) if device_id in told["answered"]) / steps

@@ -188,6 +188,21 @@ def test_a_claim_needs_an_interval_without_zero() -> None:
     assert Gap(mean=0.2, low=0.1, high=0.3, seeds=1).verdict == "one seed"
 
 
+def test_a_run_that_had_less_than_its_budget_is_named(compared: tuple[Path, Comparison]) -> None:
+    runs = [
+        Run(Record.load(folder / "record.json"), folder, document_scores(folder))
+        for method in ("deepfusion", "fedavg") for seed in (0, 1) if (folder := compared[0] / method / f"seed-{seed}")
+    ]  # fmt: skip
+    assert "did not answer" not in compare_runs(runs, {}, main="deepfusion").caution
+    first, *others = runs[-1].record.round_records
+    rounds = [first.model_copy(update={"answered": first.answered - 2}), *others]
+    short = replace(runs[-1], record=runs[-1].record.model_copy(update={"round_records": rounds}))
+    found = compare_runs([*runs[:-1], short], {}, main="deepfusion")
+    assert "in rounds of fedavg, seed 1 (2 answers missing): these runs had less than their budget" in found.caution
+    again = Comparison.model_validate_json(found.model_dump_json())
+    assert again == found
+
+
 def test_what_one_seed_leaves_open_is_said(compared: tuple[Path, Comparison]) -> None:
     out, found = compared
     runs = [

@@ -192,6 +192,30 @@ def test_a_round_without_a_device_is_skipped_and_ledgered_and_the_next_one_goes_
     assert again.notes == record.notes
 
 
+def test_a_device_that_does_not_answer_a_round_is_named_and_its_part_is_not_counted(
+    fedavg: tuple[Path, Record], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    through = Door._exchange  # pyright: ignore[reportPrivateUsage]
+
+    def exchange(self: Door, requests: Mapping[str, Payload]) -> Iterator[tuple[str, Payload]]:
+        first = any(sent.what == "moe" and sent.round == 0 for sent in requests.values())
+        yield from through(self, {id_: sent for id_, sent in requests.items() if not first or id_ != "device-001"})
+
+    monkeypatch.setattr(Door, "_exchange", exchange)
+    config, whole = parse_config(tree_of(root, "fedavg", rounds=2)), fedavg[1]
+    short = launch(config, tmp_path)
+    assert short is not None
+    assert whole.budget is not None
+    assert short.budget is not None
+    assert "round 1 had no answer of 1 of 6 devices: device-001" in short.notes
+    assert not any("had no answer" in note for note in whole.notes)
+    options = config.devices.training
+    length = config.data.sequence_length
+    steps = steps_for(whole.devices[1].tokens, length, options, config.devices.epochs, config.devices.max_steps)
+    assert whole.budget.device_tokens - short.budget.device_tokens == steps // 2 * options.batch_size * length
+    assert short.budget.device_flops < whole.budget.device_flops
+
+
 def test_a_round_of_adapters_may_be_skipped_between_others(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

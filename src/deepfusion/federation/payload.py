@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from deepfusion.errors import UploadError
+from deepfusion.errors import UploadError, few
 from deepfusion.federation.header import (
     DTYPES,
     LARGEST_HEADER,
@@ -24,7 +24,6 @@ from deepfusion.federation.header import (
 from deepfusion.types import Payload, State
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_SHOWN = 3
 _UNIT_TOLERANCE = 1e-3
 
 
@@ -157,9 +156,9 @@ def check_state(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.
     faults: list[str] = []
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing:
-        faults.append(f"{len(missing)} tensors are missing ({_some(missing)})")
+        faults.append(f"{len(missing)} tensors are missing ({few(missing)})")
     if extra:
-        faults.append(f"{len(extra)} tensors were not asked for ({_some(extra)})")
+        faults.append(f"{len(extra)} tensors were not asked for ({few(extra)})")
     shared = sorted(expected.keys() & state.keys())
     shapes = [
         f"{name} has shape {list(state[name].shape)}, not {list(expected[name].shape)}"
@@ -169,7 +168,7 @@ def check_state(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.
         f"{name} has dtype {state[name].dtype}, not {expected[name].dtype}"
         for name in shared if state[name].dtype != expected[name].dtype
     ]  # fmt: skip
-    faults += [_some(wrong) for wrong in (shapes, dtypes) if wrong]
+    faults += [few(wrong) for wrong in (shapes, dtypes) if wrong]
     if faults:
         raise UploadError(
             f"device {device_id}: its model is not the architecture that was asked for: {'; '.join(faults)}; "
@@ -221,7 +220,3 @@ def check_metadata(payload: Payload, device_id: str, architecture: str, init_id:
         count = payload.metadata.get(key)
         if type(count) is not int or count < 0:
             refuse(source, f"its upload says {key} = {count!r:.40}", "count them: a whole number from 0 up")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -23,7 +23,7 @@ from deepfusion.data.packing import PackedText
 from deepfusion.devices import configurations, models
 from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import DeviceCard
-from deepfusion.errors import DropoutError
+from deepfusion.errors import DropoutError, few
 from deepfusion.federation.payload import check_metadata, check_state, read_file, read_metadata
 from deepfusion.methods import assembly, beginning, exchange
 from deepfusion.methods.base import Site, Training
@@ -158,9 +158,12 @@ def run_round(
 
     folder = site.keep(f"rounds/{number}", make, *inputs)
     shutil.rmtree(site.folder / place, ignore_errors=True)  # the answers are in the model now
-    if reason := read_round(folder).get("skipped"):
+    told = read_round(folder)
+    if reason := told.get("skipped"):
         site.note(f"round {number + 1} was skipped, the model stays as it was: {reason}")
         return moe
+    if absent := [device for device in told["asked"] if device not in told["answered"]]:
+        site.note(f"round {number + 1} had no answer of {len(absent)} of {len(told['asked'])} devices: {few(absent)}")
     return folder
 
 
@@ -185,6 +188,11 @@ def reached(site: Site, count: int) -> None:
 
 def _same_tensors(device_id: str, payload: Payload, request: Payload) -> None:
     check_state(payload.arrays, request.arrays, device_id)
+
+
+def round_count(method: object) -> int:
+    """Rounds of a method, or of what it goes on with; a resumed folder may hold more, of an earlier configuration."""
+    return int(getattr(getattr(method, "continued", None) or method, "rounds", 0))
 
 
 def read_round(folder: Path) -> dict[str, Any]:

@@ -91,6 +91,7 @@ class MethodResult(_Part):
         bytes_by_kind: bytes of the whole fleet by direction and kind.
         seconds_by_stage: of the server, and `devices` for the sum of the devices' own.
         left_out: devices that had no part, a seed.
+        unanswered: of each seed in whose rounds not every device answered that was asked, how often that was so.
     """
 
     name: str
@@ -112,6 +113,7 @@ class MethodResult(_Part):
     device_flops: float
     server_flops: float
     left_out: float
+    unanswered: dict[int, int]
     rounds: list[list[float]]
     bytes_by_kind: dict[str, float]
     seconds_by_stage: dict[str, float]
@@ -139,6 +141,12 @@ class Comparison(_Part):
                 f"Only one seed of {', '.join(alone)} beside {self.main}: the interval is over test documents alone, and no "
                 "verdict is given, because one run does not tell how far another seed would move it."
             ]
+        short = [
+            f"{method.name}, seed {seed} ({count:,} answers missing)"
+            for method in self.methods for seed, count in method.unanswered.items()
+        ]  # fmt: skip
+        if short:
+            said += [f"Devices did not answer in rounds of {'; '.join(short)}: these runs had less than their budget."]
         return " ".join(said)
 
 
@@ -212,6 +220,7 @@ def _result(name: str, runs: Mapping[int, Run], mains: Mapping[int, Run], main: 
         device_flops=mean([budget.device_flops for budget in budgets]),
         server_flops=mean([budget.server_flops for budget in budgets]),
         left_out=mean([len(record.failures) for record in records]),
+        unanswered={r.seed: count for r in records if (count := sum(n.asked - n.answered for n in r.round_records))},
         rounds=[[metrics.log_perplexity for metrics in record.rounds] for record in records if record.rounds],
         bytes_by_kind={kind: mean([record.bytes_by_kind.get(kind, 0) for record in records]) for kind in sorted(kinds)},
         seconds_by_stage=seconds,
