@@ -15,10 +15,11 @@ import torch
 from transformers import PreTrainedConfig
 
 from deepfusion.artifacts import key_of, write_atomic
-from deepfusion.data.packing import PackedText, check_length
+from deepfusion.data.packing import PackedText
 from deepfusion.data.prepare import corpus_from_files
 from deepfusion.devices.configurations import reach_of, read_config
 from deepfusion.errors import ConfigError, DeepFusionError, ModelError
+from deepfusion.inference import check_length
 from deepfusion.moe import Family, families
 from deepfusion.stages.distill import DistillOptions, Logits, Vaa, distill
 from deepfusion.training import derive_seed

@@ -9,7 +9,6 @@ from typing import cast
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from deepfusion.data.packing import check_length
 from deepfusion.data.prepare import corpus_from_files
 from deepfusion.devices.configurations import reach_of
 from deepfusion.devices.models import load
@@ -64,6 +63,13 @@ def evaluate_model(
         "log_perplexity": score.log_perplexity,
         "token_accuracy": score.token_accuracy,
     }
+
+
+def check_length(sequence_length: int) -> None:
+    """Raise ConfigError for a command's --sequence-length that leaves nothing to predict."""
+    if sequence_length < 2:
+        said = f"--sequence-length {sequence_length}: a token needs one before it; choose 2 or more"
+        raise ConfigError([said], "command line")
 
 
 def generate_text(name: str, prompt: str, *, tokens: int | None = None, temperature: float = 0.8, seed: int = 0) -> str:

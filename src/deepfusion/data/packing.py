@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from deepfusion.errors import ConfigError, DataError
+from deepfusion.errors import DataError
 from deepfusion.training import derive_seed
 from deepfusion.types import Batch, Corpus
 
@@ -109,13 +109,6 @@ class PackedText:
         marks_U = (np.arange(len(self.corpus)) + generator.random()) / len(self.corpus)
         drawn_U = np.searchsorted(self._share_U.cumsum(), marks_U).clip(max=self._share_U.nonzero()[0][-1])
         return generator.permutation(drawn_U)
-
-
-def check_length(sequence_length: int) -> None:
-    """Raise ConfigError for a command's --sequence-length that leaves nothing to predict."""
-    if sequence_length < 2:
-        said = f"--sequence-length {sequence_length}: a token needs one before it; choose 2 or more"
-        raise ConfigError([said], "command line")
 
 
 def document_batches(

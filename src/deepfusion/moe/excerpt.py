@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
 from deepfusion.moe.base import LAYER, Family
-from deepfusion.moe.stream import ROUTER
+from deepfusion.moe.stream import ROUTER_IN_FILE
 from deepfusion.moe.tensor_files import stored_tensors
 
-EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+_NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 BY_TOKEN = ("embed_tokens.weight", "lm_head.weight")
 
 
@@ -54,13 +54,13 @@ def write_excerpt(
     with ExitStack() as stack:
         files: dict[Path, Any] = {}
         for name, stored in stored_tensors(folder).items():
-            found, expert = LAYER.search(name), EXPERT.search(name)
+            found, expert = LAYER.search(name), _NUMBER.search(name)
             if (found and int(found[1]) != layer) or (expert and int(expert[0]) not in experts):
                 continue
             if stored.file not in files:
                 files[stored.file] = stack.enter_context(safe_open(stored.file, framework="pt"))
             rows = ids if name.endswith(BY_TOKEN) else None
-            if ROUTER.search(name) or name.endswith("e_score_correction_bias"):
+            if ROUTER_IN_FILE.search(name) or name.endswith("e_score_correction_bias"):
                 rows = experts
             if rows is None:
                 tensor = files[stored.file].get_tensor(name)
@@ -68,7 +68,7 @@ def write_excerpt(
                 view = files[stored.file].get_slice(name)
                 tensor = torch.cat([view[row : row + 1] for row in rows])
             if expert:
-                name = EXPERT.sub(str(list(experts).index(int(expert[0]))), name)
+                name = _NUMBER.sub(str(list(experts).index(int(expert[0]))), name)
             state[LAYER.sub(".layers.0.", name)] = tensor.contiguous()
     out.mkdir(exist_ok=True)
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})

@@ -23,8 +23,9 @@ from deepfusion.moe.base import DENSE, LAYER, Family
 from deepfusion.moe.tensor_files import BUFFER, DTYPES, Reader, Spec, Stored, Write, stored_tensors
 from deepfusion.training import derive_seed
 
-EXPERT = re.compile(r"^(?P<layer>.*\.experts\.)0(?P<matrix>\..+)$")
-ROUTER = re.compile(r"\.(?:mlp|block_sparse_moe)\.gate\.weight$")
+_FIRST_EXPERT = re.compile(r"^(?P<layer>.*\.experts\.)0(?P<matrix>\..+)$")
+ROUTER_IN_FILE = re.compile(r"\.(?:mlp|block_sparse_moe)\.gate\.weight$")
+"""A router's weight as files name it; a model in memory has names of its own (`base.ROUTER`)."""
 ROUTER_STD = 0.02
 EVEN_STD = 0.01
 """Of the logits, where a token's weights do not sum to 1 by themselves: so near to even, they sum to k / E within 3%."""
@@ -62,7 +63,7 @@ def merged_tensors(
     made: list[tuple[Spec, Write]] = []
     for name in students[0]:
         made += _made_of(name, [student[name] for student in students], family, target, reader, seed)
-    if not any(EXPERT.match(spec.name) for spec, _ in made):
+    if not any(_FIRST_EXPERT.match(spec.name) for spec, _ in made):
         cure = f"give folders of {family.model_type} students with one expert, as `deepfusion run` leaves in experts/"
         raise ModelError(f"{folders[0]}: no tensor of an expert in it; {cure}")
     return made
@@ -88,11 +89,11 @@ def _made_of(
             yield _router(Spec(prefix + "gate.weight", of[0].spec.dtype, gate), std, seed)
             if family.scores == "sigmoid":
                 yield _zeros(Spec(prefix + "gate.e_score_correction_bias", "F32", (count,)))
-    elif expert_name := EXPERT.match(name):
+    elif expert_name := _FIRST_EXPERT.match(name):
         divisor = scale if "down" in name or ".w2." in name else 1.0
         for e in range(count):
             yield _mean(f"{expert_name['layer']}{e}{expert_name['matrix']}", [_whole(of[e % len(of)])], reader, divisor)
-    elif sparse and ROUTER.search(name):
+    elif sparse and ROUTER_IN_FILE.search(name):
         yield _router(Spec(name, of[0].spec.dtype, gate), std, seed)
     else:
         yield _mean(name, [_whole(tensor) for tensor in of], reader)
