@@ -118,43 +118,52 @@ def in_memory(students: list[Path], out: Path, moe: Any) -> None:
     model.to(dtype=DTYPES[stored_as(students[0])]).save_pretrained(out)
 
 
-def command(students: list[Path], out: Path, moe: Any) -> None:
+def command(students: list[Path], out: Path, moe: Any) -> int:
     """`deepfusion merge`, which opens what it has written and compares it with each student."""
     moe.save_pretrained(target := students[0].parent / "target")
     what = ("--family", str(moe.model_type), "--target", str(target), "--out", str(out))
-    subprocess.run(
-        [sys.executable, "-m", "deepfusion", "merge", *map(str, students), *what], check=True, capture_output=True
-    )
+    return program(sys.executable, "-m", "deepfusion", "merge", *map(str, students), *what)
 
 
-def command_imports(*_: Any) -> None:
+def command_imports(*_: Any) -> int:
     """What `command` takes before it begins."""
-    subprocess.run([sys.executable, "-c", "import deepfusion.merging"], check=True)
+    return program(sys.executable, "-c", "import deepfusion.cli, deepfusion.merging")
 
 
-def mergekit_imports(*_: Any) -> None:
+def mergekit_imports(*_: Any) -> int:
     """What `mergekit` takes before it begins."""
     found = shutil.which("mergekit-moe")
     assert found is not None
     python = Path(found).read_text().splitlines()[0].removeprefix("#!")
-    subprocess.run([python, "-c", "import mergekit.scripts.moe"], check=True, capture_output=True)
+    return program(python, "-c", "import mergekit.scripts.moe")
 
 
-def mergekit(students: list[Path], out: Path, _target: Any) -> None:
+def mergekit(students: list[Path], out: Path, _target: Any) -> int:
     """mergekit-moe on dense models of the same shapes. It does not average what the experts share."""
     config, folders = out.with_suffix(".yml"), sorted(students[0].parent.glob("dense-*"))
     rows = "".join(f"  - source_model: {folder}\n    positive_prompts: [x]\n" for folder in folders)
     dtype = stored_as(folders[0])
     head = f"base_model: {folders[0]}\ngate_mode: random\ndtype: {dtype}\narchitecture: qwen3\nexperts:\n"
     config.write_text(head + rows)
-    subprocess.run(["mergekit-moe", str(config), str(out)], check=True, capture_output=True)
+    return program("mergekit-moe", str(config), str(out))
 
 
 COLD = (command, command_imports, mergekit, mergekit_imports)
 """Ways that begin with a program."""
+LAUNCHER = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, capture_output=True)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
 
 
-def measure(way: Callable[..., None], *arguments: Any) -> tuple[float, float]:
+def program(*command: str) -> int:
+    """Run a program; its peak in KiB. A process counts its parent's memory as its own: a small one starts it."""
+    done = subprocess.run([sys.executable, "-c", LAUNCHER, *command], check=True, stdout=subprocess.PIPE, text=True)
+    return int(done.stdout)
+
+
+def measure(way: Callable[..., int | None], *arguments: Any) -> tuple[float, float]:
     """Seconds, and peak memory in MiB: of a program all of it, else what is above that of the process before."""
     queue: Any = multiprocessing.get_context("fork").SimpleQueue()
 
@@ -162,11 +171,10 @@ def measure(way: Callable[..., None], *arguments: Any) -> tuple[float, float]:
         torch.set_num_threads(1)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         began = time.perf_counter()
-        way(*arguments)
+        whole = way(*arguments)
         taken = time.perf_counter() - began
-        cold = way in COLD
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN if cold else resource.RUSAGE_SELF).ru_maxrss
-        queue.put((taken, (peak - (0 if cold else before)) / 1024))
+        peak = whole if way in COLD else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        queue.put((taken, peak / 1024))
 
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
