@@ -5,28 +5,26 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import cast
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from deepfusion.devices.configurations import read_config
 from deepfusion.devices.features import forward
-from deepfusion.devices.models import load
 from deepfusion.errors import ModelError
 from deepfusion.moe import Family, families
 from deepfusion.moe.agreement import check_students, check_tensors, student_of
-from deepfusion.moe.excerpt import one_layer, write_excerpt
+from deepfusion.moe.excerpt import one_layer, open_excerpt
 from deepfusion.moe.routing import force_experts, routers
 from deepfusion.moe.stream import merged_tensors
 from deepfusion.moe.tensor_files import DTYPES, Reader, Spec, stored_tensors, write_folder
 from deepfusion.state_dicts import average
-from deepfusion.types import Batch, Progress, silent
+from deepfusion.types import Batch, Progress, State, silent
 
 PROBES = 32
 """Tokens that the check after a merge reads."""
@@ -137,52 +135,64 @@ def _copy_tokenizer(source: Path, out: Path) -> None:
 def _check(folder: Path, students: Sequence[Path], family: Family, target: PreTrainedConfig) -> float:
     """Largest difference in logits of the first and the last layer with experts, each opened as a model of its own.
 
-    Two experts and one student are held at a time, and a few rows of the embeddings.
+    Two experts or one student are held at a time, and a few rows of the embeddings.
     """
     layers = family.moe_layers(target)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        found = [_check_layer(folder, students, family, target, at, Path(scratch)) for at in {layers[0], layers[-1]}]
-    return max(found)
+    return max(_check_layer(folder, students, family, target, layer) for layer in {layers[0], layers[-1]})
 
 
 @torch.no_grad()
-def _check_layer(
-    folder: Path, students: Sequence[Path], family: Family, target: PreTrainedConfig, layer: int, scratch: Path
-) -> float:
-    """Force the layer's router to one expert after the other, and compare with that expert's student."""
+def _check_layer(folder: Path, students: Sequence[Path], family: Family, target: PreTrainedConfig, layer: int) -> float:
+    """Compare what experts share with the students' mean; force the router to each expert, and compare with its student."""
     generator = torch.Generator().manual_seed(layer)
     ids = torch.randint(0, int(target.vocab_size), (PROBES,), generator=generator).tolist()
     tokens_BT = torch.arange(PROBES).view(2, -1)
     batch = Batch(tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool), torch.ones_like(tokens_BT, dtype=torch.bool))
     count = family.num_experts(target)
     part = one_layer(target, family=family, layer=layer, tokens=PROBES, experts=min(2, count))
-    places: list[Path] = []
-    for number, student in enumerate(students):
-        own = one_layer(student_of(student, family), family=family, layer=layer, tokens=PROBES, experts=None)
-        places.append(write_excerpt(student, scratch / str(number), own, layer=layer, ids=ids))
-    kept = {stored.spec.dtype for stored in stored_tensors(folder).values() if stored.spec.name.endswith(".weight")}
-    rounding = DTYPES[next(iter(kept))] if len(kept) == 1 else torch.float32
-    shared = average((str(place), family.split(load(place).state_dict(), part)[0], 1.0) for place in places)
-    shared = {name: tensor.to(rounding).float() for name, tensor in shared.items()}
+
+    def with_experts(pair: Sequence[int]) -> PreTrainedModel:
+        return open_excerpt(folder, part, layer=layer, ids=ids, experts=pair)
+
+    shared, wanted = family.shared_of(with_experts(range(count)[:2]).state_dict()), list[torch.Tensor]()
+
+    def own_parts() -> Iterator[tuple[str, State, float]]:
+        for source in students:
+            own = one_layer(student_of(source, family), family=family, layer=layer, tokens=PROBES, experts=None)
+            student = open_excerpt(source, own, layer=layer, ids=ids)
+            mine, expert = family.split(student.state_dict(), part)
+            yield str(source), mine, 1.0
+            student.load_state_dict(family.join(shared, expert), strict=False)
+            wanted.append(forward(student, batch).logits_BTV)
+            del student, mine, expert  # before the next one is opened
+
+    mean, rounding = average(own_parts()), _kept_as(folder)
+    for name, tensor in mean.items():
+        if not torch.allclose(shared[name], tensor, rtol=torch.finfo(rounding).eps, atol=torch.finfo(rounding).tiny):
+            raise _defect(f"has another {name} than the mean of its students in layer {layer}", family)
     tolerance, worst = 1e-3 if rounding != torch.float32 else 1e-4, 0.0
-    for e in range(count):
-        student = load(places[e % len(places)])
-        student.load_state_dict(family.join(shared, family.split(student.state_dict(), part)[1]), strict=False)
-        wanted_BTV = forward(student, batch).logits_BTV
-        del student
-        pair = sorted({e, (e + 1) % count}, key=lambda index: index != e)
-        model = load(write_excerpt(folder, scratch / "moe", part, layer=layer, ids=ids, experts=pair))
+    for first in range(0, count, 2):
+        pair = list(dict.fromkeys((first, (first + 1) % count)))
+        model = with_experts(pair)
         if count > 1 and not bool(
             torch.cat([cast(torch.Tensor, router.weight) for router in routers(model)]).std() > 0
         ):
             raise _defect(f"has a router in layer {layer} that tells no experts apart", family)
-        with force_experts(model, family, [0]):
-            difference = float((forward(model, batch).logits_BTV - wanted_BTV).abs().max())
-        if not difference <= tolerance:  # so written, NaN is refused too
-            which = f"with expert {e} differs from its student by {difference:.3g} in a logit of layer {layer}"
-            raise _defect(f"{which} (tolerance {tolerance:g})", family)
-        worst = max(worst, difference)
+        for place, e in enumerate(pair):
+            with force_experts(model, family, [place]):
+                difference = float((forward(model, batch).logits_BTV - wanted[e % len(students)]).abs().max())
+            if not difference <= tolerance:  # so written, NaN is refused too
+                which = f"with expert {e} differs from its student by {difference:.3g} in a logit of layer {layer}"
+                raise _defect(f"{which} (tolerance {tolerance:g})", family)
+            worst = max(worst, difference)
+        del model
     return worst
+
+
+def _kept_as(folder: Path) -> torch.dtype:
+    """The type of a folder's weights; float32 where they have several."""
+    kept = {stored.spec.dtype for stored in stored_tensors(folder).values() if stored.spec.name.endswith(".weight")}
+    return DTYPES[next(iter(kept))] if len(kept) == 1 else torch.float32
 
 
 def _defect(what: str, family: Family) -> ModelError:

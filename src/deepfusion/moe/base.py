@@ -22,6 +22,8 @@ from deepfusion.types import State
 
 EXPERT = re.compile(r"\.mlp\.experts\.(gate_up_proj|down_proj)$")
 ROUTER = re.compile(r"\.mlp\.gate\.weight$")
+BALANCING = ".e_score_correction_bias"
+"""Ends the name of what a router of sigmoids adds to its scores when it chooses."""
 DENSE = re.compile(r"\.mlp\.(gate|up|down)_proj\.weight$")
 LAYER = re.compile(r"\.layers\.(\d+)\.")
 MATRICES = ("gate_up_proj", "down_proj")
@@ -214,6 +216,14 @@ class Family:
     def sure_weight(self, config: PreTrainedConfig) -> float:
         """Router output that makes an expert's contribution that of its student; down-projections are divided by it."""
         return float(config.routed_scaling_factor) if self.scaling == "folded" else 1.0
+
+    def shared_of(self, merged: Mapping[str, torch.Tensor]) -> State:
+        """What the experts of a merged state dict share, under the student's names, as `split` gives it."""
+        return {
+            name.replace(".mlp.shared_experts.", ".mlp.") if self.student == "dense" else name: tensor
+            for name, tensor in merged.items()
+            if not (EXPERT.search(name) or ROUTER.search(name) or name.endswith(BALANCING))
+        }
 
     def expert_of(self, merged: Mapping[str, torch.Tensor], index: int, target: PreTrainedConfig) -> State:
         """Expert `index` of a merged state dict under the student's names, as `split` gives it."""

@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One layer of a model on disk, with a few experts and a few tokens' embeddings: a small folder that transformers opens."""
+"""One layer of a model on disk, with a few experts and a few tokens' embeddings: a small model that transformers opens."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from deepfusion.moe.base import LAYER, Family
+from deepfusion.errors import ModelError, few
+from deepfusion.moe.base import BALANCING, LAYER, Family
 from deepfusion.moe.stream import ROUTER_IN_FILE
-from deepfusion.moe.tensor_files import stored_tensors
+from deepfusion.moe.tensor_files import DTYPES, Reader, Stored, memory, stored_tensors
 
 _NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 BY_TOKEN = ("embed_tokens.weight", "lm_head.weight")
@@ -46,31 +45,45 @@ def one_layer(
     return type(config).from_dict(values)
 
 
-def write_excerpt(
-    folder: Path, out: Path, config: PreTrainedConfig, *, layer: int, ids: Sequence[int], experts: Sequence[int] = (0,)
-) -> Path:
-    """Write to `out` what `config`, of `one_layer`, needs of a folder's tensors; nothing else is read. Returns `out`."""
+def open_excerpt(
+    folder: Path, config: PreTrainedConfig, *, layer: int, ids: Sequence[int], experts: Sequence[int] = (0,)
+) -> PreTrainedModel:
+    """What `config`, of `one_layer`, needs of a folder's tensors, opened by transformers in float32; nothing else is read.
+
+    Raises:
+        ModelError: the folder has not all of it, or something besides.
+    """
     state: dict[str, torch.Tensor] = {}
-    with ExitStack() as stack:
-        files: dict[Path, Any] = {}
+    with Reader() as reader:
         for name, stored in stored_tensors(folder).items():
             found, expert = LAYER.search(name), _NUMBER.search(name)
             if (found and int(found[1]) != layer) or (expert and int(expert[0]) not in experts):
                 continue
-            if stored.file not in files:
-                files[stored.file] = stack.enter_context(safe_open(stored.file, framework="pt"))
             rows = ids if name.endswith(BY_TOKEN) else None
-            if ROUTER_IN_FILE.search(name) or name.endswith("e_score_correction_bias"):
+            if ROUTER_IN_FILE.search(name) or name.endswith(BALANCING):
                 rows = experts
-            if rows is None:
-                tensor = files[stored.file].get_tensor(name)
-            else:
-                view = files[stored.file].get_slice(name)
-                tensor = torch.cat([view[row : row + 1] for row in rows])
             if expert:
                 name = _NUMBER.sub(str(list(experts).index(int(expert[0]))), name)
-            state[LAYER.sub(".layers.0.", name)] = tensor.contiguous()
-    out.mkdir(exist_ok=True)
-    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(out)
-    return out
+            state[LAYER.sub(".layers.0.", name)] = _read(reader, stored, rows)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    opened = kind.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True)
+    model, info = cast(tuple[PreTrainedModel, dict[str, Any]], opened)
+    if odd := sorted({*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]}):
+        raise ModelError(
+            f"{folder}: layer {layer} does not open with transformers: {few(odd)} missing, unknown or misshapen"
+        )
+    return model.eval()
+
+
+def _read(reader: Reader, stored: Stored, rows: Sequence[int] | None) -> torch.Tensor:
+    """A tensor on disk, or some of its rows."""
+    shape, dtype = stored.spec.shape, DTYPES[stored.spec.dtype]
+    if rows is None:
+        tensor = torch.empty(shape, dtype=dtype)
+        if tensor.numel():
+            reader.into(memory(tensor), stored.file, stored.begin)
+        return tensor
+    tensor, size = torch.empty((len(rows), *shape[1:]), dtype=dtype), stored.spec.nbytes // shape[0]
+    for place, row in enumerate(rows):
+        reader.into(memory(tensor[place]), stored.file, stored.begin + row * size)
+    return tensor

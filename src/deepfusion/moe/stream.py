@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 
 from deepfusion.errors import ModelError
 from deepfusion.moe.base import DENSE, LAYER, Family
-from deepfusion.moe.tensor_files import BUFFER, DTYPES, Reader, Spec, Stored, Write, stored_tensors
+from deepfusion.moe.tensor_files import BUFFER, DTYPES, Reader, Spec, Stored, Write, memory, stored_tensors
 from deepfusion.training import derive_seed
 
 _FIRST_EXPERT = re.compile(r"^(?P<layer>.*\.experts\.)0(?P<matrix>\..+)$")
@@ -150,7 +150,7 @@ def _write_mean(parts: Sequence[Part], reader: Reader, divisor: float, out: int)
         total: torch.Tensor | None = None
         for part in parts:
             offset = part.tensor.begin + begin * width * dtype.itemsize
-            reader.into(block.view(torch.uint8).numpy().data, part.tensor.file, offset)
+            reader.into(memory(block), part.tensor.file, offset)
             if dtype.is_floating_point and not bool(torch.isfinite(block.sum(dtype=wide))):
                 raise ModelError(
                     f"{part.tensor.file}: tensor {part.tensor.spec.name} holds NaN or infinity; train that model again"
@@ -164,7 +164,7 @@ def _write_mean(parts: Sequence[Part], reader: Reader, divisor: float, out: int)
 
 
 def _write(out: int, tensor: torch.Tensor) -> None:
-    data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+    data = memory(tensor.contiguous())
     while data:
         data = data[os.write(out, data) :]
 

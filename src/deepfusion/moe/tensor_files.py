@@ -120,6 +120,11 @@ class Reader:
             done += count
 
 
+def memory(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
 Write = Callable[[int], None]
 """Writes a tensor's bytes to a descriptor, in order, from where that stands."""
 

@@ -16,14 +16,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from deepfusion.devices.configurations import known_keys
 from deepfusion.errors import ModelError
-from deepfusion.moe.base import DENSE, EXPERT, ROUTER, Family
+from deepfusion.moe.base import BALANCING, DENSE, EXPERT, ROUTER, Family
 from deepfusion.types import State
 
 GROWS_INTO = {"llama": "mixtral", "mistral": "mixtral", "qwen2": "qwen2_moe", "qwen3": "qwen3_moe"}
 """Dense model types and the family whose expert their FFN can be."""
 NOT_SHAPE = ("model_type", "architectures", "dtype", "transformers_version", "torch_dtype", "_name_or_path")
 SHARED_EXPERT = ".mlp.shared_expert"
-BALANCING = ".e_score_correction_bias"
 
 
 def family_name(base: PreTrainedConfig, known: Mapping[str, Family]) -> str:
@@ -99,13 +98,8 @@ def mean_expert(
     for index in range(experts):
         for name, tensor in family.expert_of(base, index, config).items():
             mean[name] = mean[name] + tensor / experts if name in mean else tensor / experts
-    shared: State = {}
-    for name, tensor in base.items():
-        if not (EXPERT.search(name) or ROUTER.search(name) or name.endswith(BALANCING)):
-            inner = family.student == "dense"
-            shared[name.replace(".mlp.shared_experts.", ".mlp.") if inner else name] = tensor
     routers = {name: tensor for name, tensor in fresh.items() if ROUTER.search(name) or name.endswith(BALANCING)}
-    return _fitting({**family.join(shared, mean), **routers}, fresh, family.width_key)
+    return _fitting({**family.join(family.shared_of(base), mean), **routers}, fresh, family.width_key)
 
 
 def _fitting(state: State, fresh: Mapping[str, torch.Tensor], width: str) -> State:
