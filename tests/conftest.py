@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One thread (tiny models are slower with two), no network, a cache of the test run's own, quiet Flower."""
+"""One thread (tiny models are slower with two), no network, a cache of the test run's own, quiet Flower, no waiting for disks."""
 
 from __future__ import annotations
 
@@ -18,3 +18,4 @@ os.environ.update({
 import torch
 
 torch.set_num_threads(1)
+os.fsync = lambda fd: None  # the power stays on; tests of what a crash may lose put their own in its place

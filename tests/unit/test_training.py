@@ -235,21 +235,27 @@ def test_seeds_do_not_hang_on_the_process() -> None:
     assert int(other.stdout) == derive_seed(0, "device", 3)
 
 
-@pytest.mark.parametrize(("precision", "mixed", "dtype"), [
-    ("auto", "no", torch.float32), ("fp32", "no", torch.float32), ("bf16", "bf16", torch.bfloat16),
-])  # fmt: skip
-def test_on_a_cpu_auto_is_float32_and_bf16_is_autocast(precision: str, mixed: str, dtype: torch.dtype) -> None:
-    """In a process of its own: accelerate knows one precision for each process."""
-    code = (
-        "import torch; torch.cuda.is_available = lambda: False\n"
-        "from deepfusion.training import accelerator\n"
-        f"a = accelerator({precision!r})\n"
-        "w = torch.nn.Linear(2, 2)\n"
-        "with a.autocast(): y = w(torch.ones(1, 2))\n"
-        "print(a.mixed_precision, y.dtype, w.weight.dtype, accelerator() is a)"
-    )
+def test_on_a_cpu_auto_is_float32_and_bf16_is_autocast() -> None:
+    """In processes of their own, forked from one: accelerate knows one precision for each process."""
+    code = """
+import os, torch
+from deepfusion.training import accelerator
+torch.cuda.is_available = lambda: False
+for precision in ("auto", "fp32", "bf16"):
+    if not (child := os.fork()):
+        a, w = accelerator(precision), torch.nn.Linear(2, 2)
+        with a.autocast():
+            y = w(torch.ones(1, 2))
+        print(precision, a.mixed_precision, y.dtype, w.weight.dtype, accelerator() is a, flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.split() == [mixed, str(dtype), "torch.float32", "True"]
+    assert result.stdout.splitlines() == [
+        "auto no torch.float32 torch.float32 True",
+        "fp32 no torch.float32 torch.float32 True",
+        "bf16 bf16 torch.bfloat16 torch.float32 True",
+    ]
 
 
 def test_a_second_precision_in_one_process_is_refused() -> None:
