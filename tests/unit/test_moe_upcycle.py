@@ -85,7 +85,7 @@ def test_a_moe_base_keeps_the_width_of_its_heads(tmp_path: Path) -> None:
     target = family.ready_target(TargetOptions(base=str(tmp_path)).make(96, 64, None))
     assert num_parameters(target) == sum(p.numel() for p in moe.parameters())
     student = from_config(family.student_config(target), seed=1)
-    student.load_state_dict(mean_expert(moe.state_dict(), student.state_dict(), family, target))
+    student.load_state_dict(mean_expert(moe.state_dict(), student.state_dict(), family, target, [1.0] * 2))
     assert student.get_parameter("model.layers.0.self_attn.k_norm.weight").shape == (24,)
 
 
@@ -121,11 +121,39 @@ def test_a_moe_of_equal_experts_is_its_own_mean(preset: str) -> None:
         if ".mlp.experts." in name:
             state[name] = state[name][:1].expand_as(state[name]).clone()
     student = from_config(family.student_config(target), seed=1)
-    student.load_state_dict(mean_expert(state, student.state_dict(), family, target))
+    sure = [family.sure_weight(target)] * len(family.moe_layers(target))
+    student.load_state_dict(mean_expert(state, student.state_dict(), family, target, sure))
     shared, expert = family.split(student.state_dict(), target)
     for name, tensor in family.expert_of(state, 2, target).items():
         torch.testing.assert_close(expert[name], tensor)
     assert all(torch.equal(state[name], tensor) for name, tensor in shared.items() if name in state)
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes"), [
+        ("qwen2-moe-pico", {"norm_topk_prob": False}), ("olmoe-pico", {"norm_topk_prob": False}),
+        ("qwen3-moe-pico", {"norm_topk_prob": True}),
+        ("deepseek-v3-pico", {"norm_topk_prob": True, "routed_scaling_factor": 2.5}),
+    ],
+)  # fmt: skip
+def test_a_moe_of_equal_experts_whose_weights_do_not_sum_to_one_is_still_its_mean(
+    preset: str, changes: dict[str, Any], world: Path, tmp_path: Path
+) -> None:
+    """With an even router every token's weights have the same sum, so that the student computes what the MoE does."""
+    moe = from_config(make_config({**PRESETS[preset].config, **changes}, vocab_size=400, positions=64), seed=0)
+    for name, parameter in moe.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.data = parameter.data[:1].expand_as(parameter).clone() * 4
+        if name.endswith(".mlp.gate.weight"):
+            parameter.data.zero_()
+    moe.save_pretrained(tmp_path)
+    for file in (world / "llama").glob("tokenizer*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    launch(parse_config(small_tree(world, target={"base": str(tmp_path)})), tmp_path / "run", until="start")
+    ids_BT = torch.randint(0, 96, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours_BTV, theirs_BTV = load(tmp_path / "run" / "base")(ids_BT).logits, load(tmp_path)(ids_BT).logits
+    torch.testing.assert_close(ours_BTV, theirs_BTV[..., : ours_BTV.shape[-1]], rtol=1e-3, atol=1e-4)
 
 
 def test_a_moe_base_of_other_shapes_is_refused() -> None:
@@ -134,7 +162,9 @@ def test_a_moe_base_of_other_shapes_is_refused() -> None:
     wider = family.ready_target(make_config({**values, "intermediate_size": 80}, vocab_size=96, positions=32))
     fresh = from_config(family.student_config(wider), seed=1).state_dict()
     with pytest.raises(ModelError, match=r"leave intermediate_size out of \[target.config\]"):
-        mean_expert(from_config(target, seed=0).state_dict(), fresh, family, target)
+        mean_expert(
+            from_config(target, seed=0).state_dict(), fresh, family, target, [1.0] * len(family.moe_layers(target))
+        )
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from deepfusion.errors import ModelError
 from deepfusion.methods.base import Site
 from deepfusion.moe import Family, families
 from deepfusion.moe.growth import cannot_grow, grow
+from deepfusion.moe.routing import router_weights
 from deepfusion.moe.upcycle import mean_expert, student_state
 from deepfusion.stages import merge, router, tune
 from deepfusion.stages.distill import DistillOptions, Logits, distill
@@ -144,13 +145,16 @@ def _grow(student: PreTrainedModel, source: str, site: Site, family: Family) -> 
             source, {}, vocab_size=data.vocab_size, eos_id=data.eos_id, tokenizer_folder=data.tokenizer
         )
         weights, fresh = base.state_dict(), student.state_dict()
+        probe = PackedText(data.public, min(site.sequence_length, 64), derive_seed(site.seed, "probe")).batch(0, 2)
+        with torch.no_grad(), router_weights(base) as sure:
+            theirs_BTV = forward(base, probe).logits_BTV
         if base.config.model_type == family.model_type:
-            student.load_state_dict(mean_expert(weights, fresh, family, base.config))
+            sums = [float(weight_Tk.sum(-1).mean()) for weight_Tk in sure]
+            student.load_state_dict(mean_expert(weights, fresh, family, base.config, sums))
             return
         student.load_state_dict(student_state(weights, fresh, family.width_key))
-        probe = PackedText(data.public, min(site.sequence_length, 64), derive_seed(site.seed, "probe")).batch(0, 2)
         with torch.no_grad():
-            ours_BTV, theirs_BTV = (forward(model, probe).logits_BTV for model in (student, base))
+            ours_BTV = forward(student, probe).logits_BTV
     except ModelError as error:
         raise ModelError(f"[target] base = {source}: {error}") from error
     gap = float((ours_BTV - theirs_BTV).abs().max())

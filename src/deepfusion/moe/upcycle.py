@@ -7,7 +7,7 @@ that the base computes what the dense model does. OLMo-2 does not: it normalises
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -83,13 +83,15 @@ def student_state(base: Mapping[str, torch.Tensor], fresh: Mapping[str, torch.Te
 
 
 def mean_expert(
-    base: Mapping[str, torch.Tensor], fresh: Mapping[str, torch.Tensor], family: Family, config: PreTrainedConfig
-) -> State:
+    base: Mapping[str, torch.Tensor], fresh: Mapping[str, torch.Tensor], family: Family, config: PreTrainedConfig,
+    weights: Sequence[float],
+) -> State:  # fmt: skip
     """The student's state out of a MoE of the family: what is shared as it is, and the mean of the routed experts.
 
     Args:
         fresh: state of a newly made student; its router of one expert stays as it is.
         config: of the MoE.
+        weights: what the weights of a token's experts sum to, for each MoE layer; the experts' outputs are scaled by it.
 
     Raises:
         ModelError: a tensor of the MoE has no place in the student, or another shape there.
@@ -98,6 +100,9 @@ def mean_expert(
     for index in range(experts):
         for name, tensor in family.expert_of(base, index, config).items():
             mean[name] = mean[name] + tensor / experts if name in mean else tensor / experts
+    for layer, weight in zip(family.moe_layers(config), weights, strict=True):
+        down = next(name for name in mean if name.startswith(f"model.layers.{layer}.mlp.") and "down_proj" in name)
+        mean[down] = mean[down] * (weight / family.sure_weight(config))
     routers = {name: tensor for name, tensor in fresh.items() if ROUTER.search(name) or name.endswith(BALANCING)}
     return _fitting({**family.join(family.shared_of(base), mean), **routers}, fresh, family.width_key)
 
