@@ -66,8 +66,10 @@ def spread(
                     number = waiting.pop(0)
                     running[remote.remote(shared, number, threads)] = number
                 for job in ray.wait(list(running))[0]:
-                    results[running[job]] = ray.get(job)
-                    del running[job]
+                    number = running.pop(
+                        job
+                    )  # cancelling a task that has just ended can end this process (Ray's check)
+                    results[number] = ray.get(job)
                     done(len(results))
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None

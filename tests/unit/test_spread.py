@@ -60,6 +60,14 @@ def test_what_a_worker_raises_is_raised_as_it_is(ray: Any) -> None:
         spread(refused, range(3), 2)
 
 
+def test_a_task_that_has_ended_is_not_cancelled(ray: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cancelled: list[Any] = []
+    monkeypatch.setattr(ray, "cancel", lambda job, **_: cancelled.append(job))
+    with pytest.raises(DeepFusionError, match="number 0"):
+        spread(refused, [0], 2)
+    assert not cancelled
+
+
 def test_a_lost_worker_is_an_error_with_a_cure(ray: Any) -> None:
     with pytest.raises(
         DeepFusionError, match=r"\[server\] workers: a worker of Ray was lost .*; run again with --resume"
