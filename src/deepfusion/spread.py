@@ -66,9 +66,8 @@ def spread(
                     number = waiting.pop(0)
                     running[remote.remote(shared, number, threads)] = number
                 for job in ray.wait(list(running))[0]:
-                    number = running.pop(
-                        job
-                    )  # cancelling a task that has just ended can end this process (Ray's check)
+                    # before it is read: to cancel a task that has just ended can end this process (a check of Ray's)
+                    number = running.pop(job)
                     results[number] = ray.get(job)
                     done(len(results))
         except ray.exceptions.RayTaskError as error:

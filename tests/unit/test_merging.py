@@ -129,6 +129,17 @@ def test_half_precision_stays_half_precision(model_type: str, tmp_path: Path) ->
     assert torch.equal(state[name], mean.to(torch.bfloat16))
 
 
+def test_norms_may_be_kept_in_another_type_than_matrices(tmp_path: Path) -> None:
+    students = make_students(tmp_path, families["qwen2_moe"], target_of("qwen2_moe"), 3, dtype=torch.bfloat16)
+    for student in students:
+        state = load_file(student / "model.safetensors")
+        state |= {name: tensor.float() for name, tensor in state.items() if "norm" in name}
+        save_file(state, student / "model.safetensors", metadata={"format": "pt"})
+    state = load_file(merged(tmp_path, "qwen2_moe", students) / "model.safetensors")
+    assert {t.dtype for name, t in state.items() if "norm" in name} == {torch.float32}
+    assert state["model.embed_tokens.weight"].dtype == torch.bfloat16
+
+
 def test_many_files_and_a_small_buffer_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = target_of("deepseek_v3")
     students = make_students(tmp_path, families["deepseek_v3"], target, families["deepseek_v3"].num_experts(target))
