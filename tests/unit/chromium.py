@@ -39,21 +39,28 @@ class Page:
 
     def do(self, method: str, **parameters: Any) -> dict[str, Any]:
         """A command of the protocol, and its result."""
+        told = self._ask(method, **parameters)
+        assert "error" not in told, told
+        return told["result"]
+
+    def _ask(self, method: str, **parameters: Any) -> dict[str, Any]:
         self._number += 1
         self._socket.send(json.dumps({"id": self._number, "method": method, "params": parameters}))
         while True:
             told = json.loads(self._socket.recv(PATIENCE))
             if told.get("id") == self._number:
-                assert "error" not in told, told
-                return told["result"]
+                return told
             if told.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
                 self.complaints.append(json.dumps(told["params"]))
 
     def js(self, expression: str) -> Any:
-        """The value of an expression in the page."""
-        told = self.do("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in told, told
-        return told["result"].get("value")
+        """The value of an expression in the page; asked again where another page took its place meanwhile."""
+        asked = {"expression": expression, "returnByValue": True, "awaitPromise": True}
+        while "navigated" in (told := self._ask("Runtime.evaluate", **asked)).get("error", {}).get("message", ""):
+            pass
+        assert "error" not in told, told
+        assert "exceptionDetails" not in told["result"], told
+        return told["result"]["result"].get("value")
 
     def open(self, address: str) -> None:
         """Go to a page and wait until it is there."""

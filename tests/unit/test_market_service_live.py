@@ -219,9 +219,8 @@ def test_a_person_bids_in_a_browser_and_sees_what_became_of_it(tmp_path: Path) -
         for scheme in ("light", "dark"):
             page.do("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
             assert page.js(CONTRAST) >= 4.5, scheme
-        page.js(
-            """sessionStorage.setItem('receipt', JSON.stringify({user: 'bob', slot: 'edge-1'})); location.reload()"""
-        )
+        page.js("sessionStorage.setItem('receipt', JSON.stringify({user: 'bob', slot: 'edge-1'}))")
+        page.do("Page.reload")
         assert "below the reserve price" in said(page, "verdict", "edge-1: lost")
         assert page.complaints == []
     [(ledger, _, wrong)] = audited(tmp_path / "m.sqlite", receipts=[receipt])
