@@ -64,18 +64,13 @@ def attempt(method: str, rate: float, asked: argparse.Namespace) -> None:
     kept: Path = asked.results / name if usual else out
     folder = out / method / f"seed-{asked.seed}"
     if not usual:
-        alike = issubclass(
-            methods[method], DeepFusion
-        )  # the same uploads; the others learn the same before their rounds
+        # those of one exchange have the same uploads; the others learn the same before their rounds
+        alike = issubclass(methods[method], DeepFusion)
         source = asked.out / name / (MAIN if alike else method) / folder.name
         start_from(source, folder, only=() if alike else ("data", "reference"))
     measure(method, asked.seed, shortened(asked.share), out, kept, [] if usual else [option(method, rate)])
     if not (folder / "moe").exists():
-        print(
-            f"{method} at {rate:g}: no model in {folder}; its result is there, its run is not"
-            if usual
-            else f"{method} failed"
-        )
+        print(f"{method} at {rate:g}: no model in {folder}; it has failed, or only its result is left", flush=True)
         return
     record = json.loads((folder / "record.json").read_text())
     found = {
@@ -100,11 +95,7 @@ def table(results: Path) -> str:
         lines.append(f"| {method} | `{RATES[method]}` | {' | '.join(cells)} |")
         if len(tried) == len(TRIALS) and best != USUAL:
             chosen.append(option(method, best))
-    said = (
-        f"--set {' '.join(chosen)}"
-        if chosen
-        else "every method that was tried at all rates is best at the benchmark's own"
-    )
+    said = f"--set {' '.join(chosen)}" if chosen else "the benchmark's own rate, wherever all were tried"
     return "\n".join([*lines, "", f"At their best: {said}"])
 
 

@@ -26,7 +26,7 @@ from deepfusion.devices import models
 from deepfusion.devices.fleet import cards
 from deepfusion.errors import DataError
 from deepfusion.membership import area, caught, matched, mean_area
-from deepfusion.methods.rounds import read_round, round_count
+from deepfusion.methods.rounds import read_round, round_folders
 from deepfusion.run import CONFIG, private_corpus, text_is_here
 from deepfusion.stages.evaluate import score_documents
 from deepfusion.stages.proxy import load_proxies, load_upload
@@ -231,7 +231,7 @@ def _taught(path: Path, config: RunConfig, here: tuple[str, ...]) -> tuple[str, 
     Who was not asked, failed or was left out is no member: its text would pull the attacks towards guessing.
     """
     proxies = load_proxies(path / "proxies") if (path / "proxies" / "proxies.json").exists() else []
-    rounds = [path / "rounds" / str(number) for number in range(round_count(config.method))]
+    rounds = round_folders(path, config.method)
     if not proxies and not rounds:
         return here
     said = {device for proxy in proxies for device in proxy.members}

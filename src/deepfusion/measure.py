@@ -18,7 +18,7 @@ from deepfusion.devices import models
 from deepfusion.devices.releases import text_digest
 from deepfusion.federation.ledger import Ledger
 from deepfusion.methods.base import Site, methods
-from deepfusion.methods.rounds import ROUND, round_count
+from deepfusion.methods.rounds import ROUND, read_round, round_folders
 from deepfusion.moe import families
 from deepfusion.record import (
     Baselines,
@@ -80,7 +80,7 @@ def measure(
         versions=versions(),
         curves=_curves(site.folder.path),
         rounds=_rounds(config, site, scorer),
-        round_records=_round_records(config, site.folder / "rounds"),
+        round_records=_round_records(config, site.folder.path),
         expert_load=load,
         expert_mutual_information=mutual_information(load),
         merge_check=_merge_check(merged),
@@ -195,17 +195,16 @@ def _baselines(
 
 
 def _rounds(config: RunConfig, site: Site, scorer: _Scorer) -> list[Metrics]:
-    folder = site.folder / "rounds"
-    if not config.evaluate.rounds or not folder.exists():
+    if not config.evaluate.rounds or not (site.folder / "rounds").exists():
         return []
-    numbers = range(round_count(config.method))
-    return [as_metrics(scorer.folder(f"round {number}", folder / str(number))) for number in numbers]
+    folders = round_folders(site.folder.path, config.method)
+    return [as_metrics(scorer.folder(f"round {folder.name}", folder)) for folder in folders]
 
 
 def _round_records(config: RunConfig, folder: Path) -> list[RoundRecord]:
     """What the rounds' own notes tell."""
-    paths = [folder / str(number) / ROUND for number in range(round_count(config.method))]
-    return [RoundRecord.of(json.loads(path.read_text())) for path in paths if path.exists()]
+    folders = round_folders(folder, config.method)
+    return [RoundRecord.of(read_round(path)) for path in folders if (path / ROUND).exists()]
 
 
 def _group(items: list[ModelMetrics]) -> Group | None:

@@ -16,7 +16,7 @@ from deepfusion.federation.payload import read_metadata
 from deepfusion.methods.base import Site
 from deepfusion.methods.budget import rows
 from deepfusion.methods.gathering import ASKED
-from deepfusion.methods.rounds import read_round, round_count
+from deepfusion.methods.rounds import read_round, round_folders
 from deepfusion.record import BudgetRecord, ClusterRecord, DeviceRecord
 from deepfusion.run import largest_trainings, private_corpus, shapes_of, text_is_here, trainings
 from deepfusion.stages.local import steps_for
@@ -71,7 +71,7 @@ def budget_of(
     fleet, length, found = config.devices, site.sequence_length, trainings(config)
     private = read = flops = 0
     asked = json.loads(path.read_text()) if (path := site.folder / ASKED).exists() else None
-    rounds = [read_round(site.folder / "rounds" / str(number)) for number in range(round_count(config.method))]
+    rounds = [read_round(folder) for folder in round_folders(site.folder.path, config.method)]
     for device in devices:
         if fleet.privacy is None:
             steps = steps_for(device.tokens, length, fleet.training, fleet.epochs, fleet.max_steps)

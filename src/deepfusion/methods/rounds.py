@@ -190,9 +190,10 @@ def _same_tensors(device_id: str, payload: Payload, request: Payload) -> None:
     check_state(payload.arrays, request.arrays, device_id)
 
 
-def round_count(method: object) -> int:
-    """Rounds of a method, or of what it goes on with; a resumed folder may hold more, of an earlier configuration."""
-    return int(getattr(getattr(method, "continued", None) or method, "rounds", 0))
+def round_folders(run: Path, method: object) -> list[Path]:
+    """Those of a method's rounds, or of what it goes on with; a resumed run may hold more, of an earlier configuration."""
+    count = int(getattr(getattr(method, "continued", None) or method, "rounds", 0))
+    return [run / "rounds" / str(number) for number in range(count)]
 
 
 def read_round(folder: Path) -> dict[str, Any]:
