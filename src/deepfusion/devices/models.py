@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from deepfusion.devices.configurations import config_of, preset_of, read_config, reason, with_overrides
 from deepfusion.devices.vocabulary import transfer_vocabulary
-from deepfusion.errors import ModelError
+from deepfusion.errors import ModelError, few
 from deepfusion.types import ModelSpec
 
 logging.disable_progress_bar()  # transformers' own, one a file, would drown ours
@@ -119,8 +119,7 @@ def load(source: str | Path, config: Mapping[str, Any] | None = None) -> PreTrai
     model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     missing = sorted(info["missing_keys"])
     if missing:
-        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise ModelError(f"{source}: {len(missing)} weights are missing ({names}); save the whole model again")
+        raise ModelError(f"{source}: {len(missing)} weights are missing ({few(missing)}); save the whole model again")
     return model.eval()
 
 
