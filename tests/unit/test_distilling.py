@@ -116,10 +116,19 @@ def test_what_cannot_be_done_says_why(world: Path, tmp_path: Path) -> None:
         run(world, tmp_path / "x", "gpt2-pico", options=DistillOptions(steps=0))
     with pytest.raises(ModelError, match=r"nobody: no such folder; check the path"):
         run(world, tmp_path / "x", "nobody")
-    other = write_tokenizer(tmp_path / "other", 40)
-    save(from_config(config("llama-pico"), 1), tmp_path / "stranger", other)
-    with pytest.raises(ModelError, match=r"stranger"):
+
+
+def test_a_teacher_of_another_tokenizer_is_refused_with_a_cure_that_this_command_has(
+    world: Path, tmp_path: Path
+) -> None:
+    save(from_config(config("llama-pico"), 1), tmp_path / "stranger", write_tokenizer(tmp_path / "other", 40))
+    with pytest.raises(
+        ModelError, match=r"teacher stranger .* has another vocabulary than the student .*, or --beta 0$"
+    ):
         run(world, tmp_path / "x", "gpt2-pico", teachers=[tmp_path / "stranger"])
+    options = DistillOptions(steps=1, beta=0.0, optimisation=FAST)
+    history = run(world, tmp_path / "x", "gpt2-pico", teachers=[tmp_path / "stranger"], options=options)
+    assert history[0]["features"] > 0
 
 
 def test_a_teacher_that_is_not_there_is_missed_before_anything_is_begun(world: Path, tmp_path: Path) -> None:

@@ -63,6 +63,6 @@ def check_same_vocabulary(student_tokenizer: Path, teacher_folder: Path, teacher
         return
     token = min((ours.items() ^ theirs.items()), key=lambda item: (item[1], item[0]))[0]
     raise ModelError(
-        f'[distillation] align = "same", but teacher {teacher} has another vocabulary ({len(theirs)} tokens against '
-        f'{len(ours)}; {token!r} differs); give every device the run\'s tokenizer, or set align = "none"'
+        f"teacher {teacher} has another vocabulary than the student ({len(theirs)} tokens against {len(ours)}; {token!r} "
+        'differs); give all models one tokenizer, or leave the KL out: [distillation] align = "none", or --beta 0'
     )
