@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line's verbs as Python functions."""
+"""The command line's commonest verbs as Python functions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(
 ) -> Record | None:
     """Run a federation on this machine; see `deepfusion.app.launch`.
 
-    With the default engine ("forkserver") the calling script needs the usual `if __name__ == "__main__":` guard.
+    With `[server] shards` above 1 the calling script needs the usual `if __name__ == "__main__":` guard.
     """
     settings = config if isinstance(config, RunConfig) else load_config(config)
     return launch(settings, out, until=until, resume=resume, progress=progress)
