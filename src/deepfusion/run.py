@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from deepfusion.artifacts import RunFolder, hold, key_of, write_atomic
+from deepfusion.artifacts import LOCK, MANIFEST, RunFolder, hold, key_of, write_atomic
 from deepfusion.config import RunConfig, to_toml
 from deepfusion.data.options import CorpusSource, TokenizerOptions
 from deepfusion.data.prepare import PreparedData, corpus_from_source, load_prepared, prepare
@@ -27,7 +27,7 @@ from deepfusion.devices import configurations, memory
 from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import DeviceCard, cards, shared_ids
 from deepfusion.devices.releases import Seeded
-from deepfusion.errors import ConfigError, DataError, MemoryLimitError, ResumeError
+from deepfusion.errors import ConfigError, DataError, MemoryLimitError, ResumeError, few
 from deepfusion.federation.header import LARGEST_HEADER
 from deepfusion.methods.base import Site, Training
 from deepfusion.methods.budget import Shapes
@@ -58,16 +58,27 @@ def open_folder(config: RunConfig, path: Path, *, resume: bool, **note: str) -> 
         note: what others are told of this process; see `hold`.
 
     Raises:
-        ResumeError: there is a run in it already and `resume` was not asked for.
+        ResumeError: there is a run in it already and `resume` was not asked for, or there are other things than a run.
         BusyError: another process is at work on it.
     """
     if path.exists() and not path.is_dir():
         raise ResumeError(f"{path}: is a file; choose another --out")
+    if others := _not_ours(path):
+        raise ResumeError(
+            f"{path}: holds {few(others)}, but no run, which would replace what has its stages' names; choose another --out"
+        )
     with hold(path, **note):
         if (path / CONFIG).exists() and (path / "data").exists() and not resume:  # else it ended before its first stage
             raise ResumeError(f"{path}: holds a run already; add --resume to go on with it, or choose another --out")
         write_atomic(path / CONFIG, to_toml(config))
         yield RunFolder(path)
+
+
+def _not_ours(path: Path) -> list[str]:
+    """What a folder in which no run has ever begun holds already; hidden files are left out."""
+    if not path.exists() or (path / LOCK).exists() or any(path.glob(f"*/{MANIFEST}")):
+        return []
+    return sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
 
 
 def check_until(config: RunConfig, until: str | None) -> None:
