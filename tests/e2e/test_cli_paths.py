@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -59,3 +60,31 @@ def test_a_run_begins_in_an_empty_folder_and_goes_on_in_a_copy_of_it(
     assert call(monkeypatch, "run", config, "--out", folder, "--until", "initial") == 0
     (folder / ".lock").unlink()  # as a copy without hidden files
     assert call(monkeypatch, "run", folder, "--resume", "--until", "initial") == 0
+
+
+@pytest.mark.parametrize("command", [
+    ("run", "{config}", "--out", "{file}/run"),
+    ("market", "open", "slot", "--out", "{file}"),
+    ("market", "open", "slot", "--out", "{file}/slot"),
+    ("market", "clear", "{empty}", "--out", "{folder}"),
+    ("fleet", "init", "{file}/trial", "--devices", "2"),
+    ("fleet", "status", "{file}", "--once"),
+])  # fmt: skip
+def test_a_path_that_cannot_be_used_is_named_without_a_trace(
+    command: tuple[str, ...],
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {"config": config, "file": tmp_path / "file", "empty": tmp_path / "empty", "folder": tmp_path}
+    places["file"].write_text("mine")
+    places["empty"].touch()
+    before = sorted(tmp_path.iterdir())
+    assert call(monkeypatch, *(word.format(**places) for word in command)) == os.EX_IOERR
+    told = capsys.readouterr().err
+    assert str(tmp_path) in told
+    assert "check the path" in told
+    assert ".partial" not in told
+    assert sorted(tmp_path.iterdir()) == before
+    assert places["file"].read_text() == "mine"

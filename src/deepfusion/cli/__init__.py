@@ -26,14 +26,23 @@ def _exit_code(error: DeepFusionError) -> int:
     return os.EX_TEMPFAIL if isinstance(error, FederationError | DiskError | BusyError) else 2
 
 
+def _show(kind: str, said: str) -> None:
+    err.print(Panel(Text(printable(said)), title=f"[red]{kind}[/red]", title_align="left", border_style="red"))
+
+
 @contextmanager
 def _errors_with_a_cure() -> Generator[None]:
     try:
         yield
     except DeepFusionError as error:
-        said, title = Text(printable(str(error))), f"[red]{type(error).__name__}[/red]"
-        err.print(Panel(said, title=title, title_align="left", border_style="red"))
+        _show(type(error).__name__, str(error))
         raise SystemExit(_exit_code(error)) from None
+    except OSError as error:
+        if error.filename is None:  # no path of the user's
+            raise
+        said = f"{error.filename}: {error.strerror}; check the path, and who may read and write there"
+        _show(type(error).__name__, said)
+        raise SystemExit(os.EX_IOERR) from None
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer has caught the KeyboardInterrupt and says nothing
             say("Interrupted. Finished stages are kept; go on with --resume.")
