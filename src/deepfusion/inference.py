@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from deepfusion.data.prepare import corpus_from_files
+from deepfusion.data.tokenizer import is_blank
 from deepfusion.devices.configurations import reach_of
 from deepfusion.devices.models import load
 from deepfusion.devices.writing import write
@@ -32,6 +33,8 @@ def open_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ModelError(f"{name}: the model has no usable tokenizer ({error}); save one beside it") from error
+    if is_blank(tokenizer):
+        raise ModelError(f"{name}: the model has no tokenizer; save one beside it (tokenizer.json)")
     return model, tokenizer
 
 
@@ -80,9 +83,12 @@ def generate_text(name: str, prompt: str, *, tokens: int | None = None, temperat
         temperature: 0 takes the most likely token each time.
 
     Raises:
-        ConfigError: prompt and tokens are more than the model reads.
+        ConfigError: prompt and tokens are more than the model reads, or the temperature cannot be meant.
         ModelError: there is no such model, or it cannot be opened safely.
     """
+    if temperature and not 1e-3 <= temperature <= 1e3:  # neither is NaN
+        said = f"--temperature {temperature:g}: not between 0.001 and 1000; 0 takes the most likely token"
+        raise ConfigError([said], "command line")
     model, tokenizer = open_model(name)
     model.to(accelerator().device).eval()
     ids = tokenizer.encode(prompt) if prompt else [tokenizer.eos_token_id]

@@ -11,11 +11,12 @@ import torch
 from devices_world import byte_tokenizer
 from transformers import PreTrainedModel
 
+from deepfusion.data.tokenizer import open_tokenizer
 from deepfusion.devices.configurations import make_config
 from deepfusion.devices.models import from_config, load, save
 from deepfusion.devices.presets import PRESETS
 from deepfusion.devices.writing import write
-from deepfusion.errors import ConfigError
+from deepfusion.errors import ConfigError, DataError, ModelError
 from deepfusion.inference import evaluate_model, generate_text
 
 REACH = 16
@@ -76,3 +77,20 @@ def test_every_token_may_be_drawn() -> None:
     torch.manual_seed(0)
     drawn_B = write(small(), prompt_BT, tokens=1, temperature=5.0, pad_id=0)[:, 1]
     assert len(drawn_B.unique()) > 150
+
+
+@pytest.mark.parametrize("temperature", [float("nan"), float("inf"), 1e-300])
+def test_a_temperature_at_which_nothing_can_be_drawn_is_refused(model: Path, temperature: float) -> None:
+    with pytest.raises(ConfigError, match=rf"--temperature {temperature:g}: not between 0.001 and 1000"):
+        generate_text(str(model), "123", temperature=temperature)
+    assert generate_text(str(model), "123", temperature=0.0)
+
+
+def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path, model: Path) -> None:
+    small().save_pretrained(tmp_path / "bare")
+    with pytest.raises(ModelError, match=r"bare: the model has no tokenizer; save one beside it"):
+        evaluate_model(str(tmp_path / "bare"), str(model.parent / "text.jsonl"))
+    with pytest.raises(ModelError, match=r"bare: the model has no tokenizer; save one beside it"):
+        generate_text(str(tmp_path / "bare"), "123")
+    with pytest.raises(DataError, match=r"bare: has no vocabulary"):
+        open_tokenizer(tmp_path / "bare")

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from deepfusion.data.options import TokenizerOptions
 from deepfusion.errors import DataError
@@ -78,6 +78,11 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             f"tokenizer {folder}: names no eos_token to end documents with; add it to tokenizer_config.json"
         )
     return tokenizer
+
+
+def is_blank(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it can read nothing, as AutoTokenizer makes one where a model's folder has no tokenizer."""
+    return len(tokenizer) <= len(tokenizer.all_special_tokens)
 
 
 def end_id(tokenizer: PreTrainedTokenizerFast) -> int:
@@ -166,6 +171,8 @@ def _open(name: str, place: str) -> PreTrainedTokenizerFast:
             f"{place}: {reason}; check the name, or where there is a network run "
             'AutoTokenizer.from_pretrained(...).save_pretrained("FOLDER") and name the folder'
         ) from error
+    if is_blank(tokenizer):
+        raise DataError(f"{place}: has no vocabulary; save one there (tokenizer.json)")
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise DataError(
             f"{place}: is not of the tokenizers library, so it knows no offsets; use a model that has a tokenizer.json"
