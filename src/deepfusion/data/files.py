@@ -46,13 +46,21 @@ def find_files(patterns: Sequence[str], root: Path) -> list[Path]:
             found = [Path(full)]  # a name with brackets in it is still a name
         found = [path for path in found if path.suffix.lower() in SUFFIXES]
         if not found:
-            folder = Path(full).parent
-            there = sorted(p.name for p in folder.iterdir() if p.suffix in SUFFIXES) if folder.is_dir() else []
-            hint = did_you_mean(Path(pattern).name, tuple(there))
-            beside = f"; {folder} has {', '.join(there[:10])}" if there else ""
-            raise DataError(f"{full}: no such file{hint}{beside}; mend the path or [data] root")
+            raise DataError(_not_found(full))
         paths += found
     return paths
+
+
+def _not_found(full: str) -> str:
+    if os.path.isdir(full):
+        return f"{full}: is a folder; name its files, e.g. {os.path.join(full, '*.jsonl')}"
+    if os.path.exists(full):
+        return f"{full}: not a kind of file that can be read; make it one of {', '.join(SUFFIXES)}"
+    folder = Path(full).parent
+    there = sorted(p.name for p in folder.iterdir() if p.suffix in SUFFIXES) if folder.is_dir() else []
+    hint = did_you_mean(Path(full).name, tuple(there))
+    beside = f"; {folder} has {', '.join(there[:10])}" if there else ""
+    return f"{full}: no such file{hint}{beside}; mend the path or [data] root"
 
 
 def _text_of(path: Path) -> str:
@@ -87,6 +95,8 @@ def _parse(text: str, place: str, cure: str) -> Any:
     except json.JSONDecodeError as error:
         where = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
         raise DataError(f"{place}: not valid JSON ({error.msg}, {where}); {cure}") from error
+    except RecursionError as error:
+        raise DataError(f"{place}: lists in lists, too many to read; {cure}") from error
 
 
 def _object(value: Any, place: str) -> Record:
