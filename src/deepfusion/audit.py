@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedModel
 
@@ -165,7 +166,10 @@ def audit_table(found: Audit) -> Table:
                 else ["", ""]
             )
         table.add_row(kind.kind, str(number), str(kind.members), *cells)
-    table.caption, table.caption_justify = "\n".join(["0.5 is guessing, 1 certainty.", *found.notes]), "left"
+    table.caption, table.caption_justify = (
+        "\n".join(["0.5 is guessing, 1 certainty.", *map(escape, found.notes)]),
+        "left",
+    )
     return table
 
 

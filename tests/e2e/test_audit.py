@@ -104,11 +104,13 @@ def test_what_is_found_is_written_shown_and_the_same_again(run: Path, found: Aud
     shown = CliRunner().invoke(app, ["audit", str(run), "--json"])
     assert json.loads(shown.stdout) == json.loads(found.model_dump_json())
     console = Console(file=io.StringIO(), width=200)
-    console.print(audit_table(found))
+    noted = found.model_copy(update={"notes": ["no model from public text alone ([evaluate] public_only)"]})
+    console.print(audit_table(noted))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "Membership inference" in text
     assert f"{found.kinds[0].attacks['loss'].auc:.3f} (" in text
     assert "0.5 is guessing, 1 certainty." in text
+    assert "([evaluate] public_only)" in text, "a section's brackets are no markup"
 
 
 def test_a_folder_without_a_run_is_named_with_the_cure(tmp_path: Path) -> None:
