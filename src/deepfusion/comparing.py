@@ -47,10 +47,12 @@ def compare(
         note: told of each run before it begins, and of each that failed.
 
     Raises:
-        ConfigError: a name is no method, or the configuration is not DeepFusion's.
+        ConfigError: there is no name, one is no method, or the configuration is not DeepFusion's.
         DeepFusionError: no run came to its end; says why the first one failed.
         DataError: runs were scored on unlike test text.
     """
+    if not names:
+        raise ConfigError([f"--methods: names none; choose from {', '.join(methods)}"], "command line")
     plans = [(name, seed, beside(config, name, seed)) for seed in seeds for name in _main_first(names)]
     for sentence in uneven_budgets(config):
         note(sentence)

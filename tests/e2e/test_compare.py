@@ -250,6 +250,7 @@ def test_a_method_that_fails_is_named_and_the_others_go_on(config: RunConfig, tm
     ("names", "changes", "said"),
     [
         (["fedavgg"], {}, r'--methods fedavgg: no such method \(did you mean "fedavg"\?\)'),
+        ([], {}, "--methods: names none; choose from centralised, deepfusion"),
         (["ofa"], {"method": "fedavg"}, "given the budget of DeepFusion"),
         (["fedavg"], {"compare": {"fedavg": {"round": 3}}}, r"round = 3: unknown"),
     ],
