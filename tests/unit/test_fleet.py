@@ -114,6 +114,10 @@ def test_the_text_of_named_devices_stays_where_it_is(tmp_path: Path) -> None:
     write_text(tmp_path / "text")
     tree = small_tree(tmp_path / "text")
     tree["devices"]["named"] = [{"id": "clinic", "model": "gpt2", "files": ["garden/private.jsonl"], "text": "{text}"}]
+    for port in (0, 65532):
+        with pytest.raises(ConfigError, match=rf"--port {port}: no room for it and 4 more; choose 1 to 65531"):
+            init_fleet(parse_config(tree), tmp_path / "trial", devices=3, port=port)
+    assert not (tmp_path / "trial").exists()
     layout = init_fleet(parse_config(tree), tmp_path / "trial", devices=3)
     own = load_device(layout.devices()["clinic"])
     assert own.text.files == (str(tmp_path / "text" / "garden/private.jsonl"),)

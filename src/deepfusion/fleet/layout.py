@@ -65,13 +65,16 @@ def init_fleet(
         port: of the SuperLink; the devices' own processes take those after it.
 
     Raises:
-        ConfigError: the folder is not empty.
+        ConfigError: the folder is not empty, or there are too few ports.
     """
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError([f"{folder}: is not empty; choose a new folder"], "fleet init")
     config = config if devices is None else replace(config, devices=replace(config.devices, count=devices))
     config = parse_config(tree_of(config))  # with other numbers other combinations are impossible
     layout, fleet = Layout(folder.absolute()), cards(config.devices, config.seed)
+    if not 1 <= port <= 65535 - len(fleet):
+        said = f"--port {port}: no room for it and {len(fleet)} more; choose 1 to {65535 - len(fleet)}"
+        raise ConfigError([said], "command line")
     texts = _texts(config, progress)
     file = ServerFile(port=port)
     server = Server(layout.server, file)
