@@ -62,7 +62,7 @@ def read_toml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         ConfigError: there is no such file, it is not valid TOML, or an override is not of that form.
     """
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         shipped = ", ".join(str(p) for p in sorted(Path("configs").glob("*.toml")))
         raise ConfigError(

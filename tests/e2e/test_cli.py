@@ -210,6 +210,7 @@ def test_help_explains_arguments_and_gives_examples(
     (("generate", "/nowhere/model", "hello"), "/nowhere/model: no such folder"),
     (("generate", "tests/nowhere", "hello"), "tests/nowhere: no such folder"),
     (("generate", "./elsewhere/nowhere", "hello"), "./elsewhere/nowhere: no such folder"),
+    (("generate", "nowhere", "hello", "--seed", f"{2**63}"), "is not in the range"),
     (("distill", "--student", "nowhere", "--data", "x.jsonl", "--out", "never"), "nowhere"),
     (("merge", "nowhere", "--family", "qwen2_moe", "--out", "never"), "nowhere"),
 ])  # fmt: skip

@@ -162,6 +162,12 @@ def test_a_bad_override_says_what_is_wrong_with_it(override: str, words: str) ->
         load_config(CONFIGS / "quickstart.toml", [override])
 
 
+def test_a_file_that_begins_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    marked = tmp_path / "marked.toml"
+    marked.write_bytes(b"\xef\xbb\xbf" + (CONFIGS / "quickstart.toml").read_bytes())
+    assert load_config(marked) == load_config(CONFIGS / "quickstart.toml")
+
+
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         load_config(tmp_path / "none.toml")

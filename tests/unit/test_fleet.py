@@ -27,6 +27,7 @@ from deepfusion.fleet.credentials import write_certificates, write_node_key
 from deepfusion.fleet.device_file import load_device
 from deepfusion.fleet.faults import When
 from deepfusion.fleet.layout import init_fleet
+from deepfusion.fleet.running import run_on
 from deepfusion.fleet.server_file import open_server
 from deepfusion.fleet.status import DeviceStatus, FleetStatus, fleet_status, status_table
 from deepfusion.fleet.supervise import Fleet
@@ -108,6 +109,16 @@ def test_what_init_writes_is_a_fleet_with_secrets_for_their_owners_alone(tmp_pat
         make_fleet(tmp_path / "text", tmp_path / "trial")
     with pytest.raises(FederationError, match="no device is registered; run: deepfusion fleet register"):
         server.nodes()
+
+
+def test_a_stage_that_does_not_exist_is_refused_before_a_superlink_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_text(tmp_path / "text")
+    layout = make_fleet(tmp_path / "text", tmp_path / "trial")
+    monkeypatch.setattr("deepfusion.fleet.running.wait_for", lambda *_, **__: pytest.fail("nobody listens"))
+    with pytest.raises(ConfigError, match="nosuch"):
+        run_on(open_server(layout.server), resume=False, until="nosuch")
 
 
 def test_the_text_of_named_devices_stays_where_it_is(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def _errors_with_a_cure() -> Generator[None]:
         raise SystemExit(os.EX_IOERR) from None
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer has caught the KeyboardInterrupt and says nothing
-            say("Interrupted. Finished stages are kept; go on with --resume.")
+            say("Interrupted. Finished stages are kept; where the command has --resume, go on with --resume.")
         raise
 
 

@@ -138,7 +138,7 @@ def generate(
         int | None, typer.Option(help="Tokens to add at most. Default: 64, if the model reads so many.", min=1)
     ] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.", min=0.0)] = 0.8,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=2**63 - 1)] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt with any causal LM folder."""

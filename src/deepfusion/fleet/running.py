@@ -60,8 +60,8 @@ def run_on(
         FederationError: its process was killed.
         BusyError: a `deepfusion run` is at work on the run folder.
     """
-    wait_for(server, lambda: True, server.home, note=note)
     check(server, until)
+    wait_for(server, lambda: True, server.home, note=note)
     for _ in range(ATTEMPTS):
         asked = _ask_or_attach(server, resume=resume, until=until)
         if asked.number is None:
