@@ -187,3 +187,20 @@ def test_a_file_that_is_no_record_is_said_to_be_none(tmp_path: Path) -> None:
 def test_tensorboard_gets_every_curve(tmp_path: Path) -> None:
     write_events(sample(), tmp_path / "events")
     assert len(list((tmp_path / "events" / "moe").glob("events.out.tfevents.*"))) == 1
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_a_narrow_terminal_loses_columns_and_no_digits(width: int) -> None:
+    domains = tuple(f"finance_{n}_openqa" for n in range(7))
+    console = Console(width=width, record=True)
+    console.print(summary_table([sample(domains=domains)]))
+    text = console.export_text()
+    row = next(line for line in text.splitlines() if "fused MoE" in line and "20.1" in line)
+    shown = len(row.split()) - 5  # two words of its name, three numbers of the whole text
+    assert row.split()[:5] == ["fused", "MoE", "20.1", "3.000", "30.0%"]
+    assert row.split()[5:] == ["20.1"] * shown
+    assert (shown == 7) is (width == 200)
+    assert ("Left out, the terminal being too narrow" in text) is (width < 200)
+    for name in domains:
+        assert name in text
+    assert max(map(len, text.splitlines())) <= width

@@ -26,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-out = Console(width=None if sys.stdout.isatty() else 160)  # a file or a pipe has no width of its own
+out = Console(width=None if sys.stdout.isatty() else 200)  # a file or a pipe has no width of its own
 err = Console(stderr=True)
 
 

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from markupsafe import Markup
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from deepfusion.artifacts import write_atomic
 from deepfusion.market.simulation import MechanismResult, Simulated, SlotRow
 from deepfusion.market.slot import MICRO
 from deepfusion.report import charts
+from deepfusion.report.fitting import FittingTable
 from deepfusion.report.render import render
 
 COLUMNS = (
@@ -37,9 +37,9 @@ def cells(m: MechanismResult) -> list[tuple[str, float | None]]:
 
 def simulation_table(found: Simulated) -> Table:
     """One row for each mechanism."""
-    table = Table(title=headline(found), title_justify="left", box=SIMPLE_HEAD)
+    table = FittingTable(headline(found))
     for column in COLUMNS:
-        table.add_column(column, justify="left" if column in LEFT else "right", overflow="fold")
+        table.add_column(column, justify="left" if column in LEFT else "right")
     for m in found.mechanisms:
         table.add_row(*(text for text, _ in cells(m)), style="bold" if m.name.startswith("coco") else "")
     return table

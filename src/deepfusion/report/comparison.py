@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
-from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
 from deepfusion.errors import DataError, printable
 from deepfusion.record import Record
+from deepfusion.report.fitting import FittingTable
 from deepfusion.report.rows import size
 from deepfusion.statistics import paired_difference
 
@@ -71,7 +71,12 @@ class Gap(_Part):
     seeds: int
 
     def __str__(self) -> str:
-        return f"{self.mean:+.3f} ({self.low:+.3f} to {self.high:+.3f}), {self.verdict}"
+        return f"{self.interval}, {self.verdict}"
+
+    @property
+    def interval(self) -> str:
+        """The mean and its interval, for people."""
+        return f"{self.mean:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
 
     @property
     def verdict(self) -> str:
@@ -242,17 +247,15 @@ def _gap(runs: Mapping[int, Run], mains: Mapping[int, Run]) -> Gap | None:
 
 def comparison_table(found: Comparison) -> Table:
     """One row for each method, best first."""
-    table = Table(
-        title=f"Methods by log-perplexity on {found.test_tokens:,} test tokens", title_justify="left", box=SIMPLE_HEAD
-    )
-    table.add_column("method", no_wrap=True)
-    for column in ("seeds", "perplexity", f"nats above {found.main}", "accuracy", "traffic", "device memory",
-                   "device tokens", "server tokens", "FLOPs: devices", "server", "left out"):  # fmt: skip
+    table = FittingTable(f"Methods by log-perplexity on {found.test_tokens:,} test tokens")
+    table.add_column("method")
+    for column in ("seeds", "perplexity", f"nats above {found.main}", "verdict", "accuracy", "traffic", "device memory",
+                   "device tokens", "server tokens", "device FLOPs", "server FLOPs", "left out"):  # fmt: skip
         table.add_column(column, justify="right")
     for method in found.methods:
-        said = str(method.gap) if method.gap else ""
+        said = (method.gap.interval, method.gap.verdict) if method.gap else ("", "")
         table.add_row(
-            escape(method.name), str(len(method.seeds)), method.perplexity.text(1), said,
+            escape(method.name), str(len(method.seeds)), method.perplexity.text(1), *said,
             f"{method.token_accuracy.mean:.1%}", size(method.total_bytes), size(method.device_memory_bytes),
             f"{method.device_tokens:,.0f}", f"{method.server_tokens:,.0f}", f"{method.device_flops:.1e}",
             f"{method.server_flops:.1e}", f"{method.left_out:g}", style="bold" if method.name == found.main else "",

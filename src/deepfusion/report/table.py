@@ -5,27 +5,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
 from deepfusion.record import Record
+from deepfusion.report.fitting import FittingTable
 from deepfusion.report.rows import FUSED, compared, headline, size
 
 
 def summary_table(records: Sequence[Record]) -> Table:
     """One row for each compared model of each run; columns for the whole test text and for each domain."""
     domains = sorted({name for record in records for name in record.metrics.domains})
-    table = Table(
-        title="Quality on test text: perplexity (all, then by domain), nats a token, token accuracy",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-    )
+    table = FittingTable("Quality on test text: perplexity (all, then by domain), nats a token, token accuracy")
     if len(records) > 1:
         table.add_column("run")
-    table.add_column("model", no_wrap=True)
+    table.add_column("model")
     for column in ("perplexity", "nats", "accuracy", *domains):
-        table.add_column(escape(column), justify="right", overflow="fold")
+        table.add_column(escape(column), justify="right")
     for record in records:
         for name, metrics in compared(record).items():
             style = "bold" if name == FUSED else ""
