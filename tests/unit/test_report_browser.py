@@ -48,3 +48,20 @@ def test_a_phone_shows_all_of_a_chart_in_letters_that_can_be_read_and_paper_whol
     assert (
         page.js("Math.max(...[...document.querySelectorAll('table')].map(e => e.getBoundingClientRect().right))") <= 960
     )
+
+
+def test_columns_sort_by_what_they_mean_and_from_the_keyboard(page: Page, tmp_path: Path) -> None:
+    record = sample(3)
+    traffic = {"small": 900_000_000, "large": 1_200_000_000, "2nd": 5_000}
+    runs = [
+        record.model_copy(update={"run_id": name, "ledger": record.ledger.model_copy(update={"total_bytes": count})})
+        for name, count in traffic.items()
+    ]
+    write_report(runs, tmp_path / "report.html")
+    show(page, tmp_path / "report.html")
+    order = "[...document.querySelector('table').tBodies[0].rows].map(row => row.cells[0].textContent.split(' ')[0])"
+    for column, want in ((4, ["large", "small", "2nd"]), (0, ["small", "large", "2nd"])):
+        page.js(f"document.querySelectorAll('table th')[{column}].focus()")
+        page.do("Input.dispatchKeyEvent", type="keyDown", key="Enter")
+        assert page.js(order) == want
+        assert page.js("document.activeElement.getAttribute('aria-sort')") == "descending"

@@ -41,7 +41,14 @@ def _comparison(records: Sequence[Record]) -> dict[str, Any]:
     }
     return {
         "rows": [
-            (name, r.metrics.perplexity, r.metrics.log_perplexity, r.metrics.token_accuracy, size(r.ledger.total_bytes))
+            (
+                name,
+                r.metrics.perplexity,
+                r.metrics.log_perplexity,
+                r.metrics.token_accuracy,
+                r.ledger.total_bytes,
+                size(r.ledger.total_bytes),
+            )
             for name, r in zip(names, records, strict=True)
         ],
         "chart": Markup(charts.grouped_bars(domains, bars, "perplexity")),
