@@ -41,7 +41,9 @@ def test_a_phone_shows_all_of_a_chart_in_letters_that_can_be_read_and_paper_whol
         page.js("Math.max(...[...document.querySelectorAll('section')].map(e => e.getBoundingClientRect().right))")
         <= 420
     )
-    letters = "[...document.querySelectorAll('svg .tick')].map(e => 12 * e.getScreenCTM().a)"
+    letters = (
+        "[...document.querySelectorAll('svg .tick')].map(e => 12 * Math.hypot(e.getScreenCTM().a, e.getScreenCTM().b))"
+    )
     assert page.js(f"Math.min(...{letters})") >= 11
     show(page, path, width=960, media="print")  # A4 between its margins, as far as browsers shrink a page unasked
     assert page.js("[...document.querySelectorAll('section')].every(e => getComputedStyle(e).overflowX === 'visible')")

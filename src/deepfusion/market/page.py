@@ -79,11 +79,10 @@ def write_page(found: Simulated, path: Path) -> None:
 
 def _charts(found: Simulated) -> list[tuple[str, str, str]]:
     def series(value: Callable[[SlotRow], float | None]) -> dict[str, list[tuple[float, float]]]:
-        curves = {
+        return {
             m.name: [(float(slot), y) for slot, row in enumerate(m.slots) if (y := value(row)) is not None]
-            for m in found.mechanisms[: charts.COLOURS]
+            for m in found.mechanisms[: charts.COLOURS - 1]  # the last colour is the reserve price's
         }
-        return {name: curve for name, curve in curves.items() if curve}
 
     prices = series(lambda row: row.price * MICRO if row.price is not None else None)
     prices["reserve price"] = [(float(slot), price * MICRO) for slot, price in enumerate(found.reserve)]

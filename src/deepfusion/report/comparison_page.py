@@ -11,7 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from deepfusion.artifacts import write_atomic
-from deepfusion.report import charts
+from deepfusion.report import charts, scatter
 from deepfusion.report.comparison import INTERVAL, Comparison, MethodResult
 from deepfusion.report.render import render
 from deepfusion.report.rows import size
@@ -101,21 +101,21 @@ def _against(
     found: Comparison, cost: Callable[[MethodResult], float], x_name: str, text: Callable[[float], str]
 ) -> str:
     marks = [
-        charts.Point(group, m.name, cost(m), m.log_perplexity.mean, m.log_perplexity.deviation or 0.0)
+        scatter.Point(group, m.name, cost(m), m.log_perplexity.mean, m.log_perplexity.deviation or 0.0)
         for group, m in enumerate(found.methods)
     ]
-    return charts.points(marks, x_name, "nats a token", text)
+    return scatter.points(marks, x_name, "nats a token", text)
 
 
 def _by_round(found: Comparison) -> str:
     marks = [
-        charts.Point(
+        scatter.Point(
             group, m.name, number, statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
         )
         for group, m in enumerate(found.methods)
         for number, values in enumerate(zip(*m.rounds, strict=False), start=1)
     ]
-    return charts.points(marks, "round, logarithmic", "nats a token", lambda x: f"{x:.3g}", joined=True)
+    return scatter.points(marks, "round, logarithmic", "nats a token", lambda x: f"{x:.3g}", joined=True)
 
 
 def _stages(method: MethodResult) -> dict[str, float]:
