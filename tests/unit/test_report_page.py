@@ -204,3 +204,12 @@ def test_a_narrow_terminal_loses_columns_and_no_digits(width: int) -> None:
     for name in domains:
         assert name in text
     assert max(map(len, text.splitlines())) <= width
+
+
+def test_scoring_is_no_stage_of_the_server(tmp_path: Path) -> None:
+    record = sample().model_copy(update={"seconds": {"moe": 12.0, "proxies": 3.0, "scores/student-0": 500.0}})
+    text, _ = page_of([record], tmp_path)
+    assert "<b>15 s</b><span>server stages</span>" in text
+    console = Console(width=160, record=True)
+    console.print(summary_table([record]))
+    assert "server stages 15 s" in console.export_text()

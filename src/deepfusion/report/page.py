@@ -15,7 +15,7 @@ from deepfusion.devices.memory import gib
 from deepfusion.record import Record
 from deepfusion.report import charts
 from deepfusion.report.render import render
-from deepfusion.report.rows import compared, headline, size
+from deepfusion.report.rows import compared, headline, server_seconds, size
 
 MANY = 40
 """With more devices than this, charts with a bar for each are left out; the table has them all."""
@@ -79,7 +79,7 @@ def _facts(record: Record) -> list[tuple[str, str]]:
         ("devices", str(len(record.devices))),
         ("uploaded", size(record.ledger.upload_bytes)),
         ("all traffic", size(record.ledger.total_bytes)),
-        ("server stages", f"{sum(record.seconds.values()):.0f} s"),
+        ("server stages", f"{sum(server_seconds(record).values()):.0f} s"),
     ]
     if record.clusters:
         facts.insert(3, ("domains found", str(record.clusters.num_clusters)))
@@ -140,7 +140,7 @@ def _curve_charts(record: Record) -> list[tuple[str, str, str]]:
 
 
 def _cost_charts(record: Record) -> list[tuple[str, str, str]]:
-    seconds = {name: s for name, s in record.seconds.items() if s >= 0.5 and not name.startswith("scores")}
+    seconds = {name: s for name, s in server_seconds(record).items() if s >= 0.5}
     times = charts.horizontal_bars(seconds, {name: f"{s:.1f} s" for name, s in seconds.items()})
     found = [("Time by stage", "On the server, of the stages that took half a second or more.", times)]
     if len(record.devices) <= MANY:

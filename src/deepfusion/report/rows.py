@@ -33,6 +33,11 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def server_seconds(record: Record) -> dict[str, float]:
+    """What each of the server's stages took. Scoring is none of them: it is measured, and no method needs it."""
+    return {stage: seconds for stage, seconds in record.seconds.items() if not stage.startswith("scores/")}
+
+
 def headline(record: Record) -> str:
     """What the run found, in one sentence."""
     fused, public = record.metrics.perplexity, record.baselines.public_only

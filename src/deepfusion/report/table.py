@@ -10,7 +10,7 @@ from rich.table import Table
 
 from deepfusion.record import Record
 from deepfusion.report.fitting import FittingTable
-from deepfusion.report.rows import FUSED, compared, headline, size
+from deepfusion.report.rows import FUSED, compared, headline, server_seconds, size
 
 
 def summary_table(records: Sequence[Record]) -> Table:
@@ -36,7 +36,7 @@ def summary_table(records: Sequence[Record]) -> Table:
 
 
 def _caption(record: Record) -> str:
-    ledger, seconds = record.ledger, sum(record.seconds.values())
+    ledger, seconds = record.ledger, sum(server_seconds(record).values())
     failed = f", {len(record.failures)} had no part" if record.failures else ""
     return (
         f"{escape(headline(record))}\n{len(record.devices)} devices{failed}; {size(ledger.total_bytes)} in all "
