@@ -29,7 +29,7 @@ from deepfusion.record import (
 )  # fmt: skip
 from deepfusion.report.events import write_events
 from deepfusion.report.page import write_report
-from deepfusion.report.rows import headline, size
+from deepfusion.report.rows import compared, headline, size
 from deepfusion.report.table import summary_table
 from deepfusion.stages.cluster import describe
 from deepfusion.types import Clusters
@@ -213,3 +213,11 @@ def test_scoring_is_no_stage_of_the_server(tmp_path: Path) -> None:
     console = Console(width=160, record=True)
     console.print(summary_table([record]))
     assert "server stages 15 s" in console.export_text()
+
+
+def test_the_page_says_what_each_row_of_its_table_is(tmp_path: Path) -> None:
+    text, _ = page_of([sample()], tmp_path)
+    for row in list(compared(sample()))[1:]:
+        assert f"{row}: " in text
+    text, _ = page_of([sample(whole=False)], tmp_path)
+    assert "proxies (mean)" not in text

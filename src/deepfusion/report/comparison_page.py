@@ -87,7 +87,8 @@ def _charts(found: Comparison) -> list[tuple[str, str, str]]:
     return [
         ("Quality against traffic", f"All bytes that cross the door, both ways. {spread}Lower left is better.",
          _against(found, lambda method: method.total_bytes, "bytes, logarithmic", size)),
-        ("Quality against device memory", f"Estimate of the largest device's training. {spread}Lower left is better.",
+        ("Quality against device memory", "Estimate of the largest device's training; no mark where devices train nothing. "
+         f"{spread}Lower left is better.",
          _against(found, lambda method: method.device_memory_bytes, "bytes, logarithmic", size)),
         ("Quality by round", "Before the last tuning; methods in one shot have no rounds.", _by_round(found)),
         ("Where the bytes went", "Of the whole fleet, by direction and kind.",

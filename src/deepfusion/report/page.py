@@ -15,7 +15,7 @@ from deepfusion.devices.memory import gib
 from deepfusion.record import Record
 from deepfusion.report import charts
 from deepfusion.report.render import render
-from deepfusion.report.rows import compared, headline, server_seconds, size
+from deepfusion.report.rows import compared, headline, server_seconds, size, terms
 
 MANY = 40
 """With more devices than this, charts with a bar for each are left out; the table has them all."""
@@ -64,6 +64,7 @@ def _run(record: Record) -> dict[str, Any]:
         "facts": _facts(record),
         "domains": domains,
         "rows": rows,
+        "terms": terms(record),
         "charts": [(title, text, Markup(svg)) for title, text, svg in _charts(record, domains) if svg],
         "rounds": _rounds(record),
         "devices": [_device(device) for device in record.devices],

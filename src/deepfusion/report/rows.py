@@ -24,6 +24,20 @@ def compared(record: Record) -> dict[str, Metrics]:
     return {name: metrics for name, metrics in rows.items() if metrics is not None}
 
 
+def terms(record: Record) -> str:
+    """What the row names say, of those rows that are there."""
+    said = {
+        PUBLIC: "the same MoE without devices, trained on as many public tokens",
+        "merged, not tuned": "the MoE before its last training",
+        "students (mean)": "the single-expert models distilled from the proxies, which are merged",
+        "best proxy per domain": "each domain scored by the proxy that is best at it",
+        "proxies (mean)": "teachers, averages of uploads of one domain and architecture",
+        "devices (mean)": "the devices' own models",
+    }
+    shown = [f"{name}: {what}" for name, what in said.items() if name in compared(record)]
+    return f"{'; '.join(shown)}." if shown else ""
+
+
 def size(count: float) -> str:
     """Bytes for people, in decimal units as networks are sold."""
     for unit in ("B", "kB", "MB", "GB"):
