@@ -67,3 +67,13 @@ def test_columns_sort_by_what_they_mean_and_from_the_keyboard(page: Page, tmp_pa
         page.do("Input.dispatchKeyEvent", type="keyDown", key="Enter")
         assert page.js(order) == want
         assert page.js("document.activeElement.getAttribute('aria-sort')") == "descending"
+
+
+def test_an_empty_cell_sorts_as_zero_as_the_main_method_s_gap_is(page: Page, tmp_path: Path) -> None:
+    write_report([sample(3)], tmp_path / "report.html")
+    show(page, tmp_path / "report.html")
+    cells = "[...document.querySelector('table').tBodies[0].rows].map(row => row.cells[1])"
+    page.js(f"{cells}.forEach((cell, n) => {{ cell.textContent = ['-1.8 (-1.9 to -1.7)', '+0.3', ''][n] ?? '+0.5'; }})")
+    page.js("document.querySelectorAll('table th')[1].click()")
+    page.js("document.querySelectorAll('table th')[1].click()")
+    assert page.js(f"{cells}.map(cell => cell.textContent.split(' ')[0])")[:3] == ["-1.8", "", "+0.3"]
