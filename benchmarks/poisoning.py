@@ -25,7 +25,7 @@ import numpy as np
 from replay import Replay, fuse_again, shorter
 
 from deepfusion.artifacts import RunFolder, start_from
-from deepfusion.config import RunConfig, load_config
+from deepfusion.config import CONFIG, RunConfig, load_config
 from deepfusion.data.prepare import load_prepared, tokenise
 from deepfusion.data.sources import Document
 from deepfusion.devices.device import Device
@@ -33,7 +33,7 @@ from deepfusion.devices.fleet import cards
 from deepfusion.devices.models import build, load
 from deepfusion.methods import DeepFusion
 from deepfusion.methods.exchange import train_here
-from deepfusion.run import CONFIG, make_device
+from deepfusion.run import make_device
 from deepfusion.stages.evaluate import Score, score_documents
 from deepfusion.stages.proxy import SCREENED, ProxyOptions, load_proxies
 from deepfusion.state_dicts import distinct_state

@@ -18,7 +18,7 @@ from typing import get_args
 
 from replay import Fused, Replay, first_weights, fuse_again, shorter
 
-from deepfusion.config import load_config
+from deepfusion.config import CONFIG, load_config
 from deepfusion.data.packing import Corpus
 from deepfusion.data.prepare import load_corpus
 from deepfusion.devices.models import load
@@ -26,7 +26,6 @@ from deepfusion.federation.formats import Format, restore
 from deepfusion.federation.payload import encode
 from deepfusion.methods.exchange import with_prefix
 from deepfusion.methods.gathering import UploadOptions
-from deepfusion.run import CONFIG
 from deepfusion.stages.evaluate import Score, score_documents
 from deepfusion.stages.proxy import MODEL, read_model
 from deepfusion.state_dicts import load_distinct

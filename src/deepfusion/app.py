@@ -20,7 +20,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from deepfusion.artifacts import RunFolder
-from deepfusion.config import RunConfig, load_config
+from deepfusion.config import CONFIG, RunConfig, load_config
 from deepfusion.data.prepare import PreparedData
 from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import DeviceCard, cards
@@ -39,7 +39,6 @@ from deepfusion.record import Record
 from deepfusion.report.events import write_events
 from deepfusion.report.page import write_report
 from deepfusion.run import (
-    CONFIG,
     Notes,
     check_memory,
     check_text,

@@ -21,14 +21,14 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from deepfusion.artifacts import write_atomic
-from deepfusion.config import RunConfig, load_config
+from deepfusion.config import CONFIG, RunConfig, load_config
 from deepfusion.data.prepare import PreparedData, load_prepared
 from deepfusion.devices import models
 from deepfusion.devices.fleet import cards
 from deepfusion.errors import DataError
 from deepfusion.membership import area, caught, matched, mean_area
 from deepfusion.methods.rounds import read_round, round_folders
-from deepfusion.run import CONFIG, private_corpus, text_is_here
+from deepfusion.run import private_corpus, text_is_here
 from deepfusion.stages.evaluate import score_documents
 from deepfusion.stages.proxy import load_proxies, load_upload
 from deepfusion.training import derive_seed

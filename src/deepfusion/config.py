@@ -24,6 +24,9 @@ from deepfusion.registry import did_you_mean, option_name
 from deepfusion.schema import build, plain, read_toml, scalars_first
 from deepfusion.spread import ServerOptions
 
+CONFIG = "config.toml"
+"""The configuration's name in a run folder."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
@@ -74,6 +77,8 @@ class RunConfig:
 
     def faults(self) -> Iterator[str]:
         """Combinations of sections that cannot work."""
+        if Path(self.name).name != self.name:
+            yield f'name = "{self.name}": becomes the name of a folder; leave it plain, and give --out for another place'
         if self.seed < 0:
             yield f"seed = {self.seed}: must not be negative; choose 0 or more"
         for name in self.compare.keys() - set(methods):
@@ -96,12 +101,13 @@ class RunConfig:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, seed: int | None = None) -> RunConfig:
-    """Read a TOML file, apply `section.key=value` overrides, and check everything.
+    """Read a TOML file, or that of a run folder, apply `section.key=value` overrides, and check everything.
 
     Raises:
         ConfigError: lists every fault with section, value and cure.
     """
     path = Path(path)
+    path = path / CONFIG if path.is_dir() else path
     tree = read_toml(path, overrides)
     if seed is not None:
         tree["seed"] = seed

@@ -41,7 +41,7 @@ class _Whole(Family):
 def distill_folders(
     teachers: Sequence[Path],
     student: Path,
-    data: str,
+    data: str | Sequence[str],
     out: Path,
     *,
     text: str | None = None,
@@ -73,7 +73,7 @@ def distill_folders(
         ModelError: a model cannot be opened, or a teacher has another vocabulary, or one too small for the text.
         DataError: the text cannot be read.
     """
-    partial = out.with_name(out.name + ".partial")
+    partial = out.parent / f"{out.name}.partial"
     _check(out, partial, options, resume=resume)
     config = read_config(student)
     configs = {student: config, **{folder: read_config(folder) for folder in teachers}}

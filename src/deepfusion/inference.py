@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -40,7 +41,7 @@ def open_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def evaluate_model(
     name: str,
-    data: str,
+    data: str | Sequence[str],
     *,
     text: str | None = None,
     prompt: str | None = None,

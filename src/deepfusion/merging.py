@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from deepfusion.devices.configurations import read_config
 from deepfusion.devices.features import forward
-from deepfusion.errors import ModelError
+from deepfusion.errors import DiskError, ModelError
 from deepfusion.moe import Family, families
 from deepfusion.moe.agreement import check_students, check_tensors, student_of
 from deepfusion.moe.excerpt import one_layer, open_excerpt
@@ -72,6 +72,7 @@ def merge_folders(
         target: folder or file with the MoE's own configuration, which then decides on both; needed for deepseek_v3.
 
     Raises:
+        DiskError: there is no room for it.
         ModelError: no such family, the students fit it, the target or one another not, hold NaN, or the check fails.
     """
     if family_name not in families:
@@ -82,13 +83,17 @@ def merge_folders(
     config = _target(family, students, experts or len(students), top_k, target)
     if family.num_experts(config) < len(students):
         raise ModelError(f"{len(students)} students, but only {family.num_experts(config)} experts; raise --experts")
-    partial = out.with_name(out.name + ".partial")
+    partial = out.parent / f"{out.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         with Reader() as reader:
             tensors = merged_tensors(students, family, config, reader, seed)
             check_tensors((spec for spec, _ in tensors), config, students[0])
+            nbytes = sum(spec.nbytes for spec, _ in tensors)
+            if nbytes > (free := shutil.disk_usage(partial).free):
+                sizes = f"the MoE takes {nbytes / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free"
+                raise DiskError(f"--out {out}: {sizes}; choose another disk, or fewer experts")
             number = count(1)
 
             def done(spec: Spec) -> None:
@@ -101,7 +106,7 @@ def merge_folders(
         os.replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return Merged(out, family.num_experts(config), sum(spec.nbytes for spec, _ in tensors), difference)
+    return Merged(out, family.num_experts(config), nbytes, difference)
 
 
 def _target(family: Family, students: Sequence[Path], experts: int, top_k: int, given: Path | None) -> PreTrainedConfig:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deepfusion.artifacts import write_atomic
 from deepfusion.errors import DataError
+from deepfusion.schema import misfits
 
 SCHEMA = 1
 
@@ -231,8 +232,5 @@ class Record(_Part):
         except OSError as error:
             raise DataError(f"{path}: no record there; give a run folder that `deepfusion run` has finished") from error
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise DataError(
-                f"{path}: not a record of this version ({place}: {first['msg']}); run again with --resume"
-            ) from error
+            said = f"not a record of this version ({misfits(error)[0]}); run again with --resume"
+            raise DataError(f"{path}: {said}") from error

@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from deepfusion.artifacts import LOCK, MANIFEST, RunFolder, hold, key_of, write_atomic
-from deepfusion.config import RunConfig, to_toml
+from deepfusion.config import CONFIG, RunConfig, to_toml
 from deepfusion.data.options import CorpusSource, TokenizerOptions
 from deepfusion.data.prepare import PreparedData, corpus_from_source, load_prepared, prepare
 from deepfusion.data.sources import fingerprint
@@ -34,8 +34,6 @@ from deepfusion.methods.budget import Shapes
 from deepfusion.moe import families
 from deepfusion.training import derive_seed
 from deepfusion.types import Corpus, Progress, silent
-
-CONFIG = "config.toml"
 
 
 @dataclass

@@ -191,6 +191,11 @@ def _plugin(registry: Registry[Any], raw: Any, section: str, faults: list[str]) 
     return build(registry[name], {k: v for k, v in raw.items() if k != "type"}, section, faults)
 
 
+def misfits(error: ValidationError, whole: str = "file") -> list[str]:
+    """What does not fit where, in pydantic's words: "place.within: message"; a fault of all of it is one of `whole`."""
+    return [f"{'.'.join(map(str, one['loc'])) or whole}: {one['msg']}" for one in error.errors()]
+
+
 def _leaf(hint: Any, raw: Any, section: str, name: str, faults: list[str]) -> Any:
     value = tuple(raw) if isinstance(raw, list) and "tuple" in str(hint) else raw
     try:

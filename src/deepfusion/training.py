@@ -24,6 +24,8 @@ from deepfusion.sharding import agreed, average_gradients, clip, divided, like, 
 from deepfusion.types import Progress, State, silent
 
 Precision = Literal["auto", "fp32", "bf16"]
+MOST_SEQUENCES = 65_536
+"""Of one micro-batch, and micro-batches of one step."""
 
 
 def derive_seed(*parts: str | int) -> int:
@@ -65,6 +67,8 @@ class Optimisation:
         for name in ("batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 yield f"{name} = {getattr(self, name)}: nothing would be trained on; choose at least 1"
+            if getattr(self, name) > MOST_SEQUENCES:
+                yield f"{name} = {getattr(self, name)}: no machine holds so many; choose {MOST_SEQUENCES} at most"
         if not 0 < self.learning_rate < 1:
             yield f"learning_rate = {self.learning_rate}: not between 0 and 1; 3e-4 is usual"
         for name in ("final_rate", "warmup"):

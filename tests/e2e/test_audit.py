@@ -19,11 +19,11 @@ from deepfusion import audit
 from deepfusion.app import launch
 from deepfusion.audit import CONTROL, Audit, audit_run, audit_table
 from deepfusion.cli import app
-from deepfusion.config import load_config, parse_config
+from deepfusion.config import CONFIG, load_config, parse_config
 from deepfusion.data.prepare import load_prepared
 from deepfusion.devices.fleet import cards
 from deepfusion.errors import DataError
-from deepfusion.run import CONFIG, private_corpus
+from deepfusion.run import private_corpus
 from deepfusion.stages.proxy import load_proxies
 from deepfusion.types import Corpus
 from small_world import small_tree, write_text

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from deepfusion.app import launch
-from deepfusion.config import load_config, parse_config
+from deepfusion.config import CONFIG, load_config, parse_config
 from deepfusion.data.prepare import load_prepared
 from deepfusion.errors import UploadError
 from deepfusion.federation.spool import Spool
 from deepfusion.methods.centralised import check_text
 from deepfusion.record import Record
-from deepfusion.run import CONFIG, private_corpus
+from deepfusion.run import private_corpus
 from deepfusion.types import Payload
 from small_world import small_tree, write_text
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,12 @@ def test_a_path_that_cannot_be_used_is_named_without_a_trace(
     assert ".partial" not in said
     assert sorted(tmp_path.iterdir()) == before
     assert places["file"].read_text() == "mine"
+
+
+def test_a_full_disk_behind_the_output_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w", buffering=1) as full, suppress(OSError):
+        monkeypatch.setattr("sys.stdout", full)
+        assert call(monkeypatch, "list", "--json") == os.EX_IOERR
+        assert "standardoutput:Nospaceleftondevice;makeroom" in told(capsys)

@@ -15,7 +15,7 @@ import torch
 
 from deepfusion.app import launch
 from deepfusion.artifacts import RunFolder
-from deepfusion.config import load_config, parse_config
+from deepfusion.config import CONFIG, load_config, parse_config
 from deepfusion.data.packing import PackedText
 from deepfusion.devices import models
 from deepfusion.devices.device import Device
@@ -25,7 +25,7 @@ from deepfusion.methods import FedJets, exchange, rounds
 from deepfusion.moe.base import EXPERT, ROUTER
 from deepfusion.moe.hosting import part, pieces, put_back, with_experts
 from deepfusion.record import Record
-from deepfusion.run import CONFIG, make_device
+from deepfusion.run import make_device
 from deepfusion.stages.embed import HashedTfidf
 from deepfusion.stages.preference import gate_preference
 from deepfusion.stages.proxy import MODEL

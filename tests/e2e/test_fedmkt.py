@@ -15,7 +15,7 @@ import torch
 
 from deepfusion.app import launch
 from deepfusion.artifacts import RunFolder
-from deepfusion.config import load_config, parse_config
+from deepfusion.config import CONFIG, load_config, parse_config
 from deepfusion.data.packing import PackedText
 from deepfusion.data.prepare import load_prepared
 from deepfusion.devices import models
@@ -26,7 +26,7 @@ from deepfusion.methods import FedMkt
 from deepfusion.methods.fedmkt import NAMES, _admit  # pyright: ignore[reportPrivateUsage]
 from deepfusion.methods.rounds import read_round
 from deepfusion.record import Record
-from deepfusion.run import CONFIG, make_device
+from deepfusion.run import make_device
 from deepfusion.stages.mutual import predict
 from deepfusion.stages.proxy import MODEL
 from deepfusion.state_dicts import distinct_state

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from deepfusion.app import launch
 from deepfusion.artifacts import RunFolder
-from deepfusion.config import load_config, parse_config
+from deepfusion.config import CONFIG, load_config, parse_config
 from deepfusion.data.prepare import load_prepared
 from deepfusion.devices import models
 from deepfusion.devices.device import Device
@@ -31,7 +31,7 @@ from deepfusion.methods.rounds import read_round
 from deepfusion.moe.base import ROUTER
 from deepfusion.moe.hosting import apart, expert_of, with_experts
 from deepfusion.record import Record
-from deepfusion.run import CONFIG, make_device, make_site
+from deepfusion.run import make_device, make_site
 from deepfusion.stages.proxy import MODEL
 from deepfusion.stages.selective import ExpertSelection
 from deepfusion.state_dicts import distinct_state

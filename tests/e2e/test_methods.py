@@ -11,12 +11,11 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from deepfusion.app import launch
-from deepfusion.config import load_config, parse_config
+from deepfusion.config import CONFIG, load_config, parse_config
 from deepfusion.devices.memory import num_parameters
 from deepfusion.methods import methods
 from deepfusion.plan import make_plan
 from deepfusion.record import Record
-from deepfusion.run import CONFIG
 from small_world import small_tree, write_text
 
 WARM = {"steps": 2, "training": {"batch_size": 4, "learning_rate": 3e-3}}

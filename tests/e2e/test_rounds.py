@@ -15,7 +15,7 @@ import torch
 
 from deepfusion.app import launch
 from deepfusion.artifacts import RunFolder
-from deepfusion.config import load_config, parse_config
+from deepfusion.config import CONFIG, load_config, parse_config
 from deepfusion.data.prepare import load_prepared
 from deepfusion.devices import models
 from deepfusion.devices.fleet import cards
@@ -24,7 +24,7 @@ from deepfusion.federation.door import Door
 from deepfusion.methods import FedAvg, exchange
 from deepfusion.methods.rounds import read_round
 from deepfusion.record import Record
-from deepfusion.run import CONFIG, Notes, make_device, make_site
+from deepfusion.run import Notes, make_device, make_site
 from deepfusion.stages.local import steps_for
 from deepfusion.stages.proxy import MODEL
 from deepfusion.state_dicts import distinct_state

@@ -38,6 +38,7 @@ BAD: list[tuple[str, Any, tuple[str, ...]]] = [
     ("recipe", "both", ("recipe", '"both"', '"joint"', '"paper"')),
     ("seed", -1, ("seed = -1", "choose 0 or more")),
     ("seed", 1.5, ("seed = 1.5", "whole number")),
+    ("name", "../../x", ('name = "../../x"', "leave it plain", "--out")),
     ("name", 7, ("name = 7", "text in quotes")),
     ("clusters", {}, ("[clusters]", "did you mean", '"cluster"')),
     ("data.sequence_lenght", 64, ("[data] sequence_lenght = 64", "did you mean", "sequence_length")),
@@ -52,6 +53,7 @@ BAD: list[tuple[str, Any, tuple[str, ...]]] = [
     ("data.corpora.1.text", "no field", ("[data.corpora.1]", "no field", "braces")),
     ("data.corpora.2.test", "garden.doc", ("[data.corpora.2]", "garden.doc", ".jsonl")),
     ("devices.count", 0, ("[devices] count = 0", "raise count")),
+    ("devices.count", 10**12, ("[devices] count = 1000000000000", "choose 1000000 at most")),
     ("devices.alpha", 0.0, ("[devices] alpha = 0.0", "must be positive")),
     ("devices.epochs", -1.0, ("[devices] epochs = -1.0", "positive")),
     ("devices.max_steps", 0, ("[devices] max_steps = 0", "at least 1")),
@@ -65,6 +67,7 @@ BAD: list[tuple[str, Any, tuple[str, ...]]] = [
     ("devices.models.1.share", 0.0, ("[devices]", "share = 0.0", "positive")),
     ("devices.models.1.size", 3, ("[devices.models.1] size = 3", "unknown key")),
     ("devices.training.batch_size", 0, ("[devices.training] batch_size = 0", "at least 1")),
+    ("devices.training.batch_size", 10**8, ("[devices.training] batch_size = 100000000", "choose 65536 at most")),
     ("devices.training.learning_rate", "fast", ("[devices.training] learning_rate", '"fast"', "a number")),
     ("devices.training.precision", "fp8", ("[devices.training] precision", '"fp8"', '"bf16"')),
     ("tune.optimisation.precision", "bf16", ("precision", "bf16", "give all the same")),
@@ -166,6 +169,11 @@ def test_a_file_that_begins_with_a_byte_order_mark_is_read(tmp_path: Path) -> No
     marked = tmp_path / "marked.toml"
     marked.write_bytes(b"\xef\xbb\xbf" + (CONFIGS / "quickstart.toml").read_bytes())
     assert load_config(marked) == load_config(CONFIGS / "quickstart.toml")
+
+
+def test_a_run_folder_stands_for_the_configuration_in_it(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_bytes((CONFIGS / "quickstart.toml").read_bytes())
+    assert load_config(tmp_path) == load_config(CONFIGS / "quickstart.toml")
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:

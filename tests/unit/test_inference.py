@@ -56,6 +56,12 @@ def test_a_window_without_anything_to_predict_is_refused(model: Path, length: in
     assert evaluate_model(str(model), str(model.parent / "text.jsonl"), sequence_length=2)["tokens"] == 4
 
 
+def test_several_files_are_scored_together(model: Path) -> None:
+    text = str(model.parent / "text.jsonl")
+    once, twice = (evaluate_model(str(model), data, sequence_length=2)["tokens"] for data in (text, [text, text]))
+    assert twice == 2 * once
+
+
 def test_it_writes_as_far_as_the_model_reads_and_says_how_far_that_is(model: Path) -> None:
     assert generate_text(str(model), "123")
     assert generate_text(str(model), "123", tokens=REACH - 3)

@@ -211,6 +211,8 @@ def test_a_commitment_is_a_hash_or_the_file_that_holds_it(tmp_path: Path) -> Non
 
 
 def test_a_commitment_fixes_the_seed_and_the_slot() -> None:
+    with pytest.raises(MarketError, match="a slot needs a name"):
+        open_slot(" ")
     one, two = open_slot("a"), open_slot("a")
     assert one.seed != two.seed
     assert len({one.commitment, two.commitment, one.model_copy(update={"slot": "b"}).commitment}) == 3

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from deepfusion.devices.configurations import read_config
 from deepfusion.devices.models import from_config, load, save
-from deepfusion.errors import ModelError
+from deepfusion.errors import DiskError, ModelError
 from deepfusion.merging import merge_folders
 from deepfusion.moe import Family, families, tensor_files
 from deepfusion.moe.excerpt import open_excerpt
@@ -338,3 +339,11 @@ def test_what_the_check_opens_does_not_grow_with_vocabulary_depth_and_experts(
         largest.append(max(opened))
         opened.clear()
     assert largest[0] == largest[1]
+
+
+def test_a_merge_for_which_there_is_no_room_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    students = make_students(tmp_path, families["qwen2_moe"], target_of("qwen2_moe"), 2)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(DiskError, match=r"the MoE takes .* GiB, and 0.0 GiB are free; choose another disk"):
+        merged(tmp_path, "qwen2_moe", students)
+    assert not list(tmp_path.glob("moe*"))

@@ -105,3 +105,11 @@ def test_numbers_on_cells_stand_out_from_their_colour() -> None:
             text = rgb(card if step / 100 > charts.STRONG else ink)
             dark, bright = sorted((light(tuple(cell)), light(text)))
             assert (bright + 0.05) / (dark + 0.05) > 3, (ink, step)
+
+
+def test_a_chart_has_its_title_as_its_name_and_one_that_shows_nothing_is_left_out() -> None:
+    drawn = charts.lines({"a": [(0, 1), (1, 2)]}, "step", "nats")
+    shown = charts.titled([("Loss & <co>", "about", drawn), ("Nothing", "about", "")])
+    assert [(title, about) for title, about, _ in shown] == [("Loss & <co>", "about")]
+    assert shown[0][2].startswith("<svg")
+    assert 'aria-label="Loss &amp; &lt;co&gt;"' in shown[0][2]

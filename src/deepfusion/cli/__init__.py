@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -38,9 +39,10 @@ def _errors_with_a_cure() -> Generator[None]:
         _show(type(error).__name__, str(error))
         raise SystemExit(_exit_code(error)) from None
     except OSError as error:
-        if error.filename is None:  # no path of the user's
+        if error.filename is None and error.errno != errno.ENOSPC:  # no path of the user's
             raise
-        said = f"{error.filename}: {error.strerror}; check the path, and who may read and write there"
+        cure = "make room" if error.errno == errno.ENOSPC else "check the path, and who may read and write there"
+        said = f"{error.filename or 'standard output'}: {error.strerror}; {cure}"
         _show(type(error).__name__, said)
         raise SystemExit(os.EX_IOERR) from None
     except SystemExit as end:

@@ -22,7 +22,9 @@ from deepfusion.cli.shared import AsJson, app, err, escape, examples, out, show
 )
 def evaluate(
     model: Annotated[str, typer.Argument(help="Any causal LM: a folder or a hub name.", metavar="MODEL")],
-    data: Annotated[str, typer.Option(help="Text to score: .jsonl, .csv, .parquet or .txt file(s).")],
+    data: Annotated[
+        list[str], typer.Option(help="Text to score: .jsonl, .csv, .parquet or .txt file(s). May be repeated.")
+    ],
     text: Annotated[str | None, typer.Option(help='Template of a document, e.g. "{title} {text}".')] = None,
     prompt: Annotated[str | None, typer.Option(help="Template of what is given; not counted.")] = None,
     answer: Annotated[str | None, typer.Option(help="Template of what is scored after the prompt.")] = None,
@@ -52,7 +54,9 @@ def evaluate(
 )
 def distill(
     student: Annotated[Path, typer.Option(help="The model to start from; it is not changed.")],
-    data: Annotated[str, typer.Option(help="Text to read: .jsonl, .csv, .parquet or .txt file(s).")],
+    data: Annotated[
+        list[str], typer.Option(help="Text to read: .jsonl, .csv, .parquet or .txt file(s). May be repeated.")
+    ],
     out_dir: Annotated[Path, typer.Option("--out", help="Folder of the trained student; must not exist.")],
     teachers: Annotated[
         list[Path] | None, typer.Option("--teacher", help="A teacher's folder. May be repeated.")
@@ -105,7 +109,9 @@ def merge(
     ],
     family: Annotated[str, typer.Option(help="Model type of the MoE, e.g. qwen2_moe; see `deepfusion list`.")],
     out_dir: Annotated[Path, typer.Option("--out", help="The MoE's folder; must not exist.")],
-    experts: Annotated[int | None, typer.Option(help="Experts of the MoE. Default: one a student.", min=1)] = None,
+    experts: Annotated[
+        int | None, typer.Option(help="Experts of the MoE. Default: one a student.", min=1, max=4096)
+    ] = None,
     top_k: Annotated[int, typer.Option(help="Experts for each token.", min=1)] = 2,
     target: Annotated[Path | None, typer.Option(help="Folder with the MoE's own configuration.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the router.")] = 0,

@@ -46,12 +46,13 @@ def find_files(patterns: Sequence[str], root: Path) -> list[Path]:
             found = [Path(full)]  # a name with brackets in it is still a name
         found = [path for path in found if path.suffix.lower() in SUFFIXES]
         if not found:
-            raise DataError(_not_found(full))
+            cure = "mend the path" if os.path.isabs(pattern) else "mend the path or [data] root"
+            raise DataError(_not_found(full, cure))
         paths += found
     return paths
 
 
-def _not_found(full: str) -> str:
+def _not_found(full: str, cure: str) -> str:
     if os.path.isdir(full):
         return f"{full}: is a folder; name its files, e.g. {os.path.join(full, '*.jsonl')}"
     if os.path.exists(full):
@@ -60,7 +61,7 @@ def _not_found(full: str) -> str:
     there = sorted(p.name for p in folder.iterdir() if p.suffix in SUFFIXES) if folder.is_dir() else []
     hint = did_you_mean(Path(full).name, tuple(there))
     beside = f"; {folder} has {', '.join(there[:10])}" if there else ""
-    return f"{full}: no such file{hint}{beside}; mend the path or [data] root"
+    return f"{full}: no such file{hint}{beside}; {cure}"
 
 
 def _text_of(path: Path) -> str:

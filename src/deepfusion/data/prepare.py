@@ -116,7 +116,13 @@ def corpus_from_source(
 
 
 def corpus_from_files(
-    data: str, split: Split, tokenizer_folder: Path, *, text: str | None, prompt: str | None, answer: str | None
+    data: str | Sequence[str],
+    split: Split,
+    tokenizer_folder: Path,
+    *,
+    text: str | None,
+    prompt: str | None,
+    answer: str | None,
 ) -> Corpus:
     """Text file(s) and templates, as a user names them on the command line; without a template the field `text`.
 
@@ -124,7 +130,8 @@ def corpus_from_files(
         ConfigError: the templates cannot be meant.
         DataError: the text or the tokenizer cannot be read.
     """
-    return corpus_from_source(source_of_files([data], split, text, prompt, answer), split, tokenizer_folder)
+    data = [data] if isinstance(data, str) else data
+    return corpus_from_source(source_of_files(data, split, text, prompt, answer), split, tokenizer_folder)
 
 
 def source_of_files(

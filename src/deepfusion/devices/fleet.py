@@ -20,6 +20,8 @@ from deepfusion.types import ModelSpec
 
 SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """What a device or architecture may be called: file names are made of it."""
+MOST_DEVICES = 1_000_000
+"""Ten times what `docs/scaling.md` prices; a number beyond is a slip of the hand, and would take hours to find out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,9 @@ class FleetOptions:
         """What is wrong with the values, and the cure."""
         if self.count < 0 or self.count + len(self.named) < 1:
             yield f"count = {self.count}: a fleet needs at least one device; raise count or add [[devices.named]]"
+        if self.count > MOST_DEVICES:
+            yield f"count = {self.count}: one run does not gather so many; choose {MOST_DEVICES} at most"
+            return  # their names alone would fill the memory
         if not self.alpha > 0:
             yield f"alpha = {self.alpha}: must be positive; 0.5 is one-sided, inf is even"
         if not 0 <= self.sigma < math.inf:

@@ -16,6 +16,7 @@ from deepfusion.errors import MarketError
 from deepfusion.market.demand import Edge
 from deepfusion.market.profiles import Profile
 from deepfusion.registry import did_you_mean
+from deepfusion.schema import misfits
 
 WRONG_LINES = 8
 """So many faulty lines of a file are told at once."""
@@ -121,8 +122,7 @@ def parse_bids(lines: Sequence[tuple[int, str]], source: str) -> list[Bid]:
         try:
             bids.append(reader.validate_json(line, strict=True))
         except ValidationError as error:
-            said = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'bid'}: {e['msg'].lower()}" for e in error.errors())
-            wrong.append(f"line {number}: {said}")
+            wrong.append(f"line {number}: {'; '.join(misfits(error, 'bid')).lower()}")
     if wrong:
         more = f"\n  and {len(wrong) - WRONG_LINES} more" if len(wrong) > WRONG_LINES else ""
         raise MarketError(f"{source}: {len(wrong)} line(s) are no bids\n  " + "\n  ".join(wrong[:WRONG_LINES]) + more)

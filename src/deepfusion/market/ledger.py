@@ -26,6 +26,7 @@ from deepfusion.market.bids import Bid, Provider
 from deepfusion.market.coco import Coco
 from deepfusion.market.profiles import Mode, Profile
 from deepfusion.market.slot import clear_slot
+from deepfusion.schema import misfits
 
 HEX = r"^[0-9a-f]{64}$"
 SAME = 1e-9
@@ -91,7 +92,9 @@ class Ledger(Opened):
 
 
 def open_slot(slot: str) -> Opened:
-    """Draw the seed of a slot."""
+    """Draw the seed of a slot. Raises MarketError where it has no name."""
+    if not slot.strip():
+        raise MarketError(f"SLOT {slot!r}: a slot needs a name; for example 2026-01-31T14")
     return Opened(slot=slot, seed=secrets.token_hex(32))
 
 
@@ -128,7 +131,7 @@ def _read(model: type[M], path: Path) -> M:
     except OSError as error:
         raise MarketError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:4])
+        wrong = "; ".join(misfits(error)[:4])
         raise MarketError(
             f"{path}: not what `deepfusion market` writes ({wrong}); give its ledger or seed file"
         ) from error

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from markupsafe import Markup
 from rich.table import Table
 
 from deepfusion.artifacts import write_atomic
@@ -71,7 +70,7 @@ def write_page(found: Simulated, path: Path) -> None:
         columns=COLUMNS,
         left=LEFT,
         rows=[{"own": m.name.startswith("coco"), "cells": cells(m)} for m in found.mechanisms],
-        charts=[(title, about, Markup(svg)) for title, about, svg in _charts(found) if svg],
+        charts=charts.titled(_charts(found)),
         config=found.config,
     )
     write_atomic(path, page)

@@ -18,6 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from deepfusion.artifacts import key_of, write_atomic
 from deepfusion.errors import MarketError
+from deepfusion.schema import misfits
 
 LATER = ("prompt_flops", "prompt_reads", "left_flops", "left_bytes")
 """Fields that tables of the first version did not have."""
@@ -236,8 +237,7 @@ def load_profile(path: Path) -> Profile:
     except OSError as error:
         raise MarketError(f"{path}: cannot be read ({error.strerror}); give a table of exits in JSON") from error
     except ValidationError as error:
-        wrong = [f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()]
-        raise MarketError(f"{path}: not a table of exits; " + "; ".join(wrong[:8])) from error
+        raise MarketError(f"{path}: not a table of exits; " + "; ".join(misfits(error)[:8])) from error
     faults = list(found.faults())
     if faults:
         raise MarketError(f"{path}: {len(faults)} fault(s)\n" + "\n".join(f"  {fault}" for fault in faults))

@@ -6,8 +6,10 @@ Every mark has a `<title>`, which browsers show as a tooltip. All names are esca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
+
+from markupsafe import Markup
 
 from deepfusion.record import ClusterRecord
 
@@ -232,6 +234,15 @@ def _grid(left: float, width: float, height: float, top: float) -> str:
 def svg(width: float, height: float, parts: Sequence[str]) -> str:
     """A drawing out of its parts."""
     return f'<svg viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" role="img">{"".join(parts)}</svg>'
+
+
+def titled(drawn: Iterable[tuple[str, str, str]]) -> list[tuple[str, str, Markup]]:
+    """(title, about, chart) of the charts that show anything, each with its title as the name that a screen reader says."""
+    return [
+        (title, about, Markup(chart.replace('role="img"', f'role="img" aria-label="{escape(title)}"', 1)))
+        for title, about, chart in drawn
+        if chart
+    ]
 
 
 def _legend(names: Sequence[str] | Mapping[str, int]) -> str:

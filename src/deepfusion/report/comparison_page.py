@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from deepfusion.artifacts import write_atomic
 from deepfusion.report import charts, scatter
 from deepfusion.report.comparison import INTERVAL, Comparison, MethodResult
@@ -39,7 +37,7 @@ def write_comparison(found: Comparison, path: Path) -> None:
         left=[column.replace("the main", found.main) for column in LEFT],
         rows=[{"own": m.name == found.main, "cells": _cells(m)} for m in found.methods],
         domains=sorted(found.methods[0].domains),
-        charts=[(title, about, Markup(svg)) for title, about, svg in _charts(found) if svg],
+        charts=charts.titled(_charts(found)),
     )
     write_atomic(path, page)
 

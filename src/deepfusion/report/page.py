@@ -65,7 +65,7 @@ def _run(record: Record) -> dict[str, Any]:
         "domains": domains,
         "rows": rows,
         "terms": terms(record),
-        "charts": [(title, text, Markup(svg)) for title, text, svg in _charts(record, domains) if svg],
+        "charts": charts.titled(_charts(record, domains)),
         "rounds": _rounds(record),
         "devices": [_device(device) for device in record.devices],
         "config": json.dumps(record.config, indent=2),

@@ -29,6 +29,7 @@ from deepfusion.devices.models import init_id
 from deepfusion.errors import MarketError
 from deepfusion.fused import Scores
 from deepfusion.market.exits.backbone import Backbone
+from deepfusion.schema import misfits
 from deepfusion.state_dicts import check_finite
 from deepfusion.types import State
 
@@ -122,8 +123,7 @@ def _described(folder: Path) -> _About:
     except OSError as error:
         raise MarketError(f"{folder / ABOUT}: cannot be read ({error.strerror}); train exits for this model") from error
     except ValidationError as error:
-        wrong = [f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()]
-        raise MarketError(f"{folder / ABOUT}: does not describe exits; " + "; ".join(wrong[:8])) from error
+        raise MarketError(f"{folder / ABOUT}: does not describe exits; " + "; ".join(misfits(error)[:8])) from error
 
 
 def load_heads(folder: Path, backbone: Backbone) -> ExitHeads:

@@ -178,6 +178,7 @@ def make_profile(
         DeepFusionError: whatever the user can mend, with its cure.
     """
     exits = plan_profile(model, out, name, options, heads_from).exit_blocks
+    out.mkdir(parents=True, exist_ok=True)  # if it cannot be, nobody has trained for nothing
     backbone = Backbone(to_device(load(model), options.optimisation))
     train, test = (
         PackedText(text, options.prompt + options.made, derive_seed(options.seed, "exits")) for text in texts

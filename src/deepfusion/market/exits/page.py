@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from markupsafe import Markup
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -102,7 +101,7 @@ def write_page(made: Made) -> Path:
         lead=headline(made),
         source=made.profile.source,
         tables=[("Thresholds", *threshold_rows(made)), ("Blocks and exits, for one token", *block_rows(made))],
-        charts=[(title, about, Markup(svg)) for title, about, svg in curves if svg],
+        charts=charts.titled(curves),
     )
     path = made.folder / PAGE
     write_atomic(path, page)

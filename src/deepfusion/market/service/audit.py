@@ -12,6 +12,7 @@ from deepfusion.errors import MarketError
 from deepfusion.market.ledger import Ledger, read_ledger
 from deepfusion.market.service.book import slot_names, slot_record
 from deepfusion.market.service.records import Receipt, SlotRecord
+from deepfusion.schema import misfits
 
 SQLITE = b"SQLite format 3\0"
 
@@ -95,8 +96,16 @@ def read_receipts(path: Path) -> list[Receipt]:
     Raises:
         MarketError: it cannot be read or a line is no receipt.
     """
+    cure = "give what the service answered, one receipt a line"
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-        return [Receipt.model_validate_json(line) for line in lines if line.strip()]
-    except (OSError, UnicodeDecodeError, ValidationError) as error:
-        raise MarketError(f"{path}: no receipts ({error}); give what the service answered, one a line") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise MarketError(f"{path}: cannot be read ({error}); {cure}") from error
+    receipts: list[Receipt] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            receipts += [Receipt.model_validate_json(line)] if line.strip() else []
+        except ValidationError as error:
+            what = "; ".join(misfits(error, "receipt")[:3])
+            raise MarketError(f"{path}, line {number}: no receipt ({what}); {cure}") from error
+    return receipts
