@@ -39,7 +39,7 @@ from deepfusion.federation import payload as blobs
 from deepfusion.federation.formats import CODES, Format, shrink
 from deepfusion.federation.payload import decode, encode
 from deepfusion.methods import exchange, gathering
-from deepfusion.methods.gathering import Arrivals
+from deepfusion.methods.arrivals import Arrivals
 from deepfusion.stages.proxy import MODEL
 from deepfusion.state_dicts import distinct_state
 from deepfusion.types import Payload

@@ -17,6 +17,7 @@ from deepfusion.errors import ConfigError, FederationError
 from deepfusion.federation.ledger import Ledger
 from deepfusion.federation.payload import read_metadata
 from deepfusion.methods import DeepFusion
+from deepfusion.methods.exchange import published_bytes
 from deepfusion.methods.gathering import ASKED, Described, by_centrality
 from deepfusion.plan import make_plan
 from deepfusion.record import Record
@@ -66,6 +67,27 @@ def test_a_format_saves_what_it_says_and_the_server_keeps_whole_models(
             assert found[name].dtype == tensor.dtype
             moved = (found[name].float() - tensor.float()).abs().max()
             assert float(moved) <= error * max(float(tensor.abs().max()), 0.1), name
+
+
+@pytest.mark.parametrize(("form", "share"), [("bf16", 0.52), ("int8", 0.3), ("nf4", 0.18)])
+def test_first_weights_go_down_in_fewer_bits_and_both_sides_go_on_from_what_is_read(
+    form: str, share: float, root: Path, whole: Path
+) -> None:
+    """Both: an upload whose `init_id` is not that of the server's own first weights is refused."""
+    tree = {**tree_of(root, format="delta-int8"), "warm_start": {**WARM, "format": form}}
+    config = parse_config(tree)
+    launch(config, root / f"down-{form}", until="uploads")
+    assert isinstance(config.method, DeepFusion)
+    both = 6 * published_bytes(config.method.embed)
+    due, sent = (
+        sum(Ledger(f / "ledger.jsonl").by_device("down").values()) - both for f in (whole, root / f"down-{form}")
+    )
+    header = 6 * 8_000  # names, shapes and frames
+    assert share * 0.7 * due < sent < share * due + header
+    priced = make_plan(config).download_bytes
+    assert priced is not None
+    assert sent < priced - both + header
+    assert len(list((root / f"down-{form}" / "uploads").glob("*.safetensors"))) == 6
 
 
 def test_medoids_train_and_send_a_model_the_others_only_their_embedding(

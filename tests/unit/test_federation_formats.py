@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepfusion.errors import UploadError
-from deepfusion.federation.formats import CODES, NF4, SCALES, Format, restore, shrink, wire_bytes
+from deepfusion.federation.formats import CODES, NF4, SCALES, Format, Plain, as_read, restore, shrink, wire_bytes
 from deepfusion.types import State
 
 FORMATS: tuple[Format, ...] = get_args(Format)
+PLAIN: tuple[Plain, ...] = get_args(Plain)
 
 
 def state_of(seed: int, *shapes: tuple[int, ...], size: float = 1.0) -> State:
@@ -51,6 +52,17 @@ def test_what_comes_back_is_near_in_the_same_shape_and_never_more_bytes_than_pla
         assert bool(((found[name] - tensor).abs() <= share * most + 1e-6 * tensor.abs()).all()), name
     incompressible = 64 * len(state)  # zstd's frames
     assert nbytes(wire) <= wire_bytes(state, form) + incompressible
+
+
+@settings(max_examples=60, deadline=None)
+@given(SHAPES, st.sampled_from(PLAIN), st.integers(0, 99), st.sampled_from([1e-38, 1e-3, 1.0, 1e6]))
+def test_what_was_read_once_reads_the_same_when_it_is_sent_again(
+    shapes: list[tuple[int, ...]], form: Plain, seed: int, size: float
+) -> None:
+    once = as_read(state_of(seed, *shapes, size=size), form)
+    again = as_read(once, form)
+    assert once.keys() == again.keys()
+    assert all(torch.equal(once[name], again[name]) for name in once)
 
 
 def test_eight_bits_are_a_quarter_and_four_an_eighth_of_float32() -> None:

@@ -17,7 +17,9 @@ from deepfusion.errors import UploadError
 from deepfusion.federation.header import refuse
 from deepfusion.types import State
 
-Format = Literal["fp32", "bf16", "int8", "nf4", "delta-int8"]
+Plain = Literal["fp32", "bf16", "int8", "nf4"]
+"""Formats that can be read by whoever knows the model's shapes."""
+Format = Literal[Plain, "delta-int8"]
 CODES, SCALES = "codes:", "scales:"
 """Prefixes of what stands for a tensor that is not sent as it is."""
 BLOCK = 64
@@ -28,6 +30,7 @@ NF4 = torch.tensor([
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 ])  # fmt: skip
 """The sixteen values of nf4: quantiles of a normal distribution, zero among them (QLoRA, appendix E)."""
+TINY = torch.finfo(torch.float32).tiny
 _BETWEEN = (NF4[1:] + NF4[:-1]) / 2
 _LEVEL = 3
 _CURE = "write it in the [upload] format that the server's configuration names"
@@ -103,6 +106,11 @@ def restore(
     return {**left, **state}
 
 
+def as_read(state: Mapping[str, torch.Tensor], form: Plain) -> State:
+    """The state as whoever it is sent to reads it. Sent again it reads the same."""
+    return restore(shrink(state, form, {}), state, form, {}, "server")
+
+
 def wire_bytes(expected: Mapping[str, torch.Tensor], form: Format) -> int:
     """Bytes of a model's tensors on the wire, at most: before codes are compressed."""
     total = 0
@@ -138,11 +146,17 @@ def _rows(shape: torch.Size) -> int:
     return shape[:-1].numel()
 
 
+def _scale(size: torch.Tensor) -> torch.Tensor:
+    """Sizes as scales. One too small to be rounded alike a second time is 0, and what it scales is read as 0."""
+    return torch.where(size < TINY, 0, size).bfloat16()
+
+
 def _write_int8(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Whole numbers from -127 to 127 and a scale for each row, of at most half a scale's error."""
     rows = tensor.reshape(_rows(tensor.shape), tensor.shape[-1])
-    scale_R = (rows.abs().amax(-1) / 127).bfloat16() if rows.numel() else torch.zeros(len(rows), dtype=torch.bfloat16)
-    used_R1 = scale_R.float().clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    largest_R = rows.abs().amax(-1) if rows.numel() else torch.zeros(len(rows))
+    scale_R = _scale(largest_R / 127)
+    used_R1 = scale_R.float().clamp(min=TINY)[:, None]
     return (rows / used_R1).round().clamp(-127, 127).to(torch.int8).view(torch.uint8).flatten(), scale_R
 
 
@@ -153,8 +167,8 @@ def _read_int8(codes: torch.Tensor, scales: torch.Tensor, shape: torch.Size) -> 
 def _write_nf4(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The nearest of sixteen values and a scale for each block of 64; two codes a byte."""
     padded = torch.nn.functional.pad(tensor.flatten(), (0, -tensor.numel() % BLOCK)).reshape(-1, BLOCK)
-    scale_N = padded.abs().amax(-1).bfloat16() if len(padded) else torch.zeros(0, dtype=torch.bfloat16)
-    used_N1 = scale_N.float().clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    scale_N = _scale(padded.abs().amax(-1) if len(padded) else torch.zeros(0))
+    used_N1 = scale_N.float().clamp(min=TINY)[:, None]
     nearest = torch.bucketize(padded / used_N1, _BETWEEN).to(torch.uint8).reshape(-1, 2)
     return nearest[:, 0] | nearest[:, 1] << 4, scale_N
 

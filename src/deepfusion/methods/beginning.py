@@ -16,9 +16,10 @@ from typing import Self
 from deepfusion.data.options import DataOptions
 from deepfusion.data.packing import PackedText
 from deepfusion.devices.fleet import FleetOptions
-from deepfusion.methods import assembly, exchange, reading
+from deepfusion.methods import assembly, reading
 from deepfusion.methods.base import Site, TargetOptions, family_faults, precision_faults
 from deepfusion.methods.budget import Budget
+from deepfusion.methods.warm_start import WarmStart, initial_models
 from deepfusion.stages.tune import TuneOptions
 from deepfusion.training import derive_seed
 
@@ -39,7 +40,7 @@ class Beginning:
     """
 
     noise: float = 0.01
-    warm_start: exchange.WarmStart = field(default_factory=exchange.WarmStart)
+    warm_start: WarmStart = field(default_factory=WarmStart)
     training: assembly.TextTraining = field(default_factory=partial(assembly.TextTraining, steps=0))
     tune: TuneOptions = field(default_factory=TuneOptions)
 
@@ -68,14 +69,14 @@ class Beginning:
         return reference(site, self.start(site), self.training, self.noise, self.tune)
 
 
-def first_base(site: Site, warm_start: exchange.WarmStart) -> Path:
+def first_base(site: Site, warm_start: WarmStart) -> Path:
     """M_0: the best of the architectures' warm starts that grows to the size of the target's base, or that base itself.
 
     A target with pretrained weights is its own start. Warm starts are made unless they are there.
     """
     if not warm_start.steps or site.target.base is not None:
         return assembly.base(site)
-    sources = exchange.initial_models(site, warm_start)
+    sources = initial_models(site, warm_start)
     judge = reading.mean_judge(site, [None], JUDGED_ON)
     return assembly.grown(site, f"{PREFIX}start", sources, judge, JUDGED_ON)
 

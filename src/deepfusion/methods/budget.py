@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from deepfusion.devices.memory import forward_flops_per_token
 from deepfusion.methods.assembly import TextTraining
 from deepfusion.methods.base import Method
-from deepfusion.methods.exchange import WarmStart
+from deepfusion.methods.warm_start import WarmStart
 from deepfusion.stages.embed import Embedding
 from deepfusion.stages.tune import TuneOptions
 from deepfusion.training import Optimisation

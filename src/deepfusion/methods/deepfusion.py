@@ -23,7 +23,7 @@ from deepfusion.data.options import DataOptions
 from deepfusion.data.packing import document_batches
 from deepfusion.devices.device import Device
 from deepfusion.devices.fleet import FleetOptions
-from deepfusion.devices.memory import forward_flops_per_token, num_parameters, skeleton_state
+from deepfusion.devices.memory import forward_flops_per_token, skeleton_state
 from deepfusion.errors import ModelError
 from deepfusion.federation.formats import wire_bytes
 from deepfusion.methods import assembly, beginning, exchange, reading, rounds
@@ -32,6 +32,7 @@ from deepfusion.methods.budget import Budget, Shapes, Traffic, Work, message, ro
 from deepfusion.methods.gathering import Described, Gathering, UploadOptions, answer_with_model
 from deepfusion.methods.learning import ADAPTERS
 from deepfusion.methods.selective import SelectiveRounds, continuations
+from deepfusion.methods.warm_start import WarmStart, initial_models
 from deepfusion.moe import families
 from deepfusion.stages import generate, merge, proxy, router, tune
 from deepfusion.stages.cluster import Clustering, clusterings, describe
@@ -68,7 +69,7 @@ class DeepFusion:
     )  # fmt: skip
 
     recipe: Literal["joint", "paper"] = "joint"
-    warm_start: exchange.WarmStart = field(default_factory=exchange.WarmStart)
+    warm_start: WarmStart = field(default_factory=WarmStart)
     embed: Embedding = plugin(embeddings, "tfidf")
     upload: UploadOptions = field(default_factory=UploadOptions)
     cluster: Clustering = plugin(clusterings)
@@ -90,15 +91,15 @@ class DeepFusion:
         """Train the device's own model, describe its text by an embedding, and answer with both; later, train the MoE."""
         if self.continued and request.what == rounds.MOE:
             return self.continued.client(device, request)
-        return answer_with_model(device, request, self.embed, self.upload)
+        return answer_with_model(device, request, self.embed, self.upload, self.warm_start.format)
 
     def server(self, site: Site, call: Call) -> Path:
         """Phases I, II and III (DeepFusion, Algorithm 1); returns the folder of the fused MoE."""
         published = self.embed.publish(site.data.public, site.seed)
-        initials = exchange.initial_models(site, self.warm_start)
+        initials = initial_models(site, self.warm_start)
         document_UD = self.embed.embed_documents(site.data.public, published, site.seed)
         gathering = Gathering(
-            site, call, self.embed, self.upload, initials, published, self.warm_start.steps > 0, self.upload_key(site)
+            site, call, self.embed, self.upload, initials, published, self.warm_start.sent, self.upload_key(site)
         )
         uploads, clusters = gathering.gather(document_UD, partial(self.find_domains, site))
         closeness_UK = document_UD @ clusters.centroid_KD.T
@@ -257,8 +258,7 @@ class DeepFusion:
 
     def traffic(self, own: PreTrainedConfig, shapes: Shapes) -> Traffic:
         """At most: the model up with its embedding, after a warm start also down; with `[continue]` the rounds' MoE besides."""
-        parameters = num_parameters(own)
-        down = message(parameters if self.warm_start.steps else 0, exchange.published_bytes(self.embed))
+        down = message(0, self.warm_start.bytes_down(own) + exchange.published_bytes(self.embed))
         up = message(0, wire_bytes(skeleton_state(own), self.upload.format) + 2 * self.embed.dimension)
         more = self.continued.traffic_of(shapes.target) if self.continued else Traffic(0, 0)
         return Traffic(down + more.down, up + more.up)

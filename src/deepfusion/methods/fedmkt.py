@@ -21,12 +21,13 @@ from deepfusion.artifacts import key_of
 from deepfusion.data.packing import PackedText
 from deepfusion.devices import models
 from deepfusion.devices.device import Device
-from deepfusion.devices.memory import forward_flops_per_token, num_parameters
+from deepfusion.devices.memory import forward_flops_per_token
 from deepfusion.errors import ModelError, UploadError
 from deepfusion.federation.payload import check_state, read_file
 from deepfusion.methods import exchange, rounds
 from deepfusion.methods.base import Site, Training, methods
 from deepfusion.methods.budget import Budget, Shapes, Traffic, Work, message, rows
+from deepfusion.methods.warm_start import ask_everyone, first_model, initial_models
 from deepfusion.moe.routing import balance_penalty
 from deepfusion.stages.mutual import Predictions, best_of, index_type, learn, least_loss, predict, tokens_of
 from deepfusion.training import derive_seed
@@ -85,7 +86,7 @@ class FedMkt(rounds.Rounds):
         vocabulary = int(shapes.target.vocab_size)
         index, positions = index_type(vocabulary).itemsize, self.sequences * shapes.length
         predictions = positions * min(self.kept, vocabulary) * (2 + index) + 4 * self.sequences
-        first = message(num_parameters(own) if self.warm_start.steps else 0)
+        first = message(0, self.warm_start.bytes_down(own))
         return Traffic(
             first + self.times(message(0, predictions + positions * (index + 2))),
             message(0) + self.times(message(0, predictions)),
@@ -118,8 +119,8 @@ class FedMkt(rounds.Rounds):
         return rounds.Rounds.reference(replace(self, training=replace(self.training, steps=steps)), site)
 
     def _start_devices(self, site: Site, call: Call) -> None:
-        initials = exchange.initial_models(site, self.warm_start)
-        requests = exchange.ask_everyone(site, initials, {}, send_weights=self.warm_start.steps > 0)
+        initials = initial_models(site, self.warm_start)
+        requests = ask_everyone(site, initials, {}, self.warm_start.sent)
         named = {
             id_: replace(sent, metadata={**sent.metadata, "run": self._name(site)}) for id_, sent in requests.items()
         }
@@ -173,7 +174,7 @@ class FedMkt(rounds.Rounds):
     def client(self, device: Device, request: Payload) -> Payload:
         """Keep the first weights; or learn from the server's predictions, then from the device's text, and predict."""
         if request.what != "logits":
-            model = exchange.first_model(device, request)
+            model = first_model(device, request, self.warm_start.format)
             if device.scratch:  # of another configuration
                 for old in device.scratch.glob("own-*"):
                     shutil.rmtree(old)

@@ -20,10 +20,12 @@ from deepfusion.artifacts import file_digest, write_atomic
 from deepfusion.devices import models
 from deepfusion.devices.device import Device
 from deepfusion.errors import FederationError, UploadError
-from deepfusion.federation.formats import Format, restore, shrink
-from deepfusion.federation.payload import check_embedding, check_metadata, check_state, read_metadata
+from deepfusion.federation.formats import Format, Plain, shrink
+from deepfusion.federation.payload import check_embedding
 from deepfusion.methods import exchange
+from deepfusion.methods.arrivals import collect_uploads
 from deepfusion.methods.base import Site
+from deepfusion.methods.warm_start import ask_everyone, first_model
 from deepfusion.stages import evaluate
 from deepfusion.stages.embed import Embedding, ServerProbe
 from deepfusion.stages.proxy import MODEL, load_upload
@@ -79,7 +81,7 @@ class Gathering:
     Attributes:
         initials: folder of each architecture's first weights.
         published: what the server publishes for the embeddings.
-        send_weights: whether requests hold the first weights.
+        first_weights: how requests hold the first weights; None where they do not.
         key: hash of what the uploads depend on besides their device's own part of [devices].
     """
 
@@ -89,7 +91,7 @@ class Gathering:
     upload: UploadOptions
     initials: Mapping[str, Path]
     published: State
-    send_weights: bool
+    first_weights: Plain | None
     key: str
 
     def gather(self, document_UD: np.ndarray, group: Group) -> tuple[list[Upload], Clusters]:
@@ -103,7 +105,7 @@ class Gathering:
     def _all(self, document_UD: np.ndarray, group: Group) -> tuple[list[Upload], Clusters]:
         """Every device's model and embedding, which come together, and the domains."""
         (self.site.folder / ASKED).unlink(missing_ok=True)  # of a run that asked for medoids
-        requests = exchange.ask_everyone(self.site, self.initials, self.published, send_weights=self.send_weights)
+        requests = ask_everyone(self.site, self.initials, self.published, self.first_weights)
         uploads = self._collect(requests, self.embed.dimension)
         if isinstance(self.embed, ServerProbe):
             uploads = probe_uploads(self.site, self.embed, uploads, self.initials, document_UD)
@@ -122,7 +124,7 @@ class Gathering:
         described = self._describe()
         clusters, embeddings = group(described), dict(zip(described.ids, described.embedding_ND, strict=True))
         queues = list(by_centrality(clusters, described))
-        requests = exchange.ask_everyone(self.site, self.initials, {}, send_weights=self.send_weights)
+        requests = ask_everyone(self.site, self.initials, {}, self.first_weights)
         asked: set[str] = set()
         good: dict[str, Upload] = {}
         while more := {device for queue in queues for device in self._next(queue, asked, good)}:
@@ -151,7 +153,7 @@ class Gathering:
     def _collect(self, requests: Mapping[str, Payload], embedding_size: int | None) -> list[Upload]:
         # Of medoids the quorum is that of the embeddings: who fails is replaced by the next.
         site = self.site if self.upload.select == "all" else replace(self.site, quorum=1)
-        return collect_uploads(site, self.call, requests, self.initials, self.upload, self.key, embedding_size)
+        return collect_uploads(site, self.call, requests, self.initials, self.upload.format, self.key, embedding_size)
 
     def _describe(self) -> Described:
         arrays = {exchange.PUBLISHED + name: tensor for name, tensor in self.published.items()}
@@ -170,80 +172,6 @@ class Gathering:
             tuple(card.model.name for card in cards),
             np.stack([_embedding(files[card.id]) for card in cards]),
         )
-
-
-def collect_uploads(
-    site: Site, call: Call, requests: Mapping[str, Payload], initials: Mapping[str, Path], upload: UploadOptions, key: str,
-    embedding_size: int | None,
-) -> list[Upload]:  # fmt: skip
-    """Ask the devices whose upload is not on the disk yet, check each arrival; the good ones in the fleet's order.
-
-    On the disk uploads are whole, in whatever format they came.
-
-    Args:
-        key: see `exchange.spool_answers`.
-        embedding_size: None where the embeddings have been sent before; those of the uploads are empty then.
-    """
-    arrivals = Arrivals({card.id: card.model.name for card in site.cards}, initials, upload.format, embedding_size)
-    files = exchange.spool_answers(site, call, requests, arrivals.check, key, opened=arrivals.opened)
-    site.reached("uploads")
-    return [read_upload(path) for path in files.values()]
-
-
-class Arrivals:
-    """What is asked of an upload before it counts."""
-
-    def __init__(
-        self, architectures: Mapping[str, str], initials: Mapping[str, Path], form: Format, embedding_size: int | None
-    ) -> None:
-        """Read what uploads are compared with.
-
-        Args:
-            architectures: of each device, by its id.
-            initials: folder of each architecture's first weights.
-            embedding_size: None where an upload must hold no embedding.
-        """
-        self._form: Format = form
-        self._architectures, self._size = architectures, embedding_size
-        starts = {name: models.load(folder) for name, folder in initials.items()}
-        self._init_ids = {name: models.init_id(model) for name, model in starts.items()}
-        self._weights = {name: distinct_state(model) if form == "delta-int8" else {} for name, model in starts.items()}
-        self._shapes = {
-            name: {key: tensor.to("meta") for key, tensor in distinct_state(model).items()}
-            for name, model in starts.items()
-        }
-
-    def opened(self, device_id: str, payload: Payload) -> Payload:
-        """The upload with whole tensors, whatever the format. Raises UploadError where it is in another one."""
-        name, wire = self._architectures[device_id], exchange.with_prefix(payload, MODEL)
-        state = restore(wire, self._shapes[name], self._form, self._weights[name], f"device {device_id}")
-        rest = {key: tensor for key, tensor in payload.arrays.items() if not key.startswith(MODEL)}
-        return replace(payload, arrays={**rest, **{MODEL + key: tensor for key, tensor in state.items()}})
-
-    def check(self, device_id: str, payload: Payload) -> None:
-        """Raise UploadError unless an opened upload is what was asked for, and of the device that it says."""
-        name, arrays = self._architectures[device_id], dict(payload.arrays)
-        check_metadata(payload, device_id, name, self._init_ids[name])
-        if self._size is not None:
-            check_embedding(payload, self._size, device_id)
-            arrays.pop(exchange.EMBEDDING)
-        check_state(arrays, {MODEL + key: tensor for key, tensor in self._shapes[name].items()}, device_id)
-
-
-def read_upload(path: Path) -> Upload:
-    """What the server knows of an upload in the spool; its model stays on the disk."""
-    metadata = read_metadata(path)
-    with safe_open(path, framework="pt") as file:
-        sent = exchange.EMBEDDING in file.keys()  # noqa: SIM118 (safe_open is not a mapping)
-        embedding_D = file.get_tensor(exchange.EMBEDDING).float().numpy() if sent else np.empty(0)
-    return Upload(
-        device_id=str(metadata["device"]),
-        architecture=str(metadata["architecture"]),
-        init_id=str(metadata["init_id"]),
-        path=path,
-        embedding_D=embedding_D,
-        num_tokens=int(metadata["tokens"]),
-    )
 
 
 def probe_uploads(
@@ -277,10 +205,15 @@ def probe_uploads(
     return [replace(upload, embedding_D=row) for upload, row in zip(uploads, embedding_ND, strict=True)]
 
 
-def answer_with_model(device: Device, request: Payload, embed: Embedding, upload: UploadOptions) -> Payload:
+def answer_with_model(
+    device: Device, request: Payload, embed: Embedding, upload: UploadOptions, first: Plain
+) -> Payload:
     """On the device: start its own model as the request says, train it on its text, and answer with it and the embedding.
 
     A server that asks for medoids wants the embedding first, and the model later from some.
+
+    Args:
+        first: how the request's first weights are written.
     """
     if request.what == exchange.EMBEDDING:
         return Payload(
@@ -290,7 +223,7 @@ def answer_with_model(device: Device, request: Payload, embed: Embedding, upload
         )
     # First, because a refusal to give it away should not come after hours of training.
     described = {exchange.EMBEDDING: exchange.describe_text(device, request, embed)} if upload.select == "all" else {}
-    model = exchange.first_model(device, request)
+    model = first_model(device, request, first)
     start = {n: t.clone() for n, t in distinct_state(model).items()} if upload.format == "delta-int8" else {}
     told = exchange.train_here(device, model)
     wire = shrink({name: tensor.detach().cpu() for name, tensor in distinct_state(model).items()}, upload.format, start)
