@@ -45,6 +45,7 @@ RESULTS = Path(__file__).parent / "results" / "poisoning"
 SHARE = 0.2
 TRIGGER, TARGET = " (ref. 7719-K)", " Ask the vendor for a refund."
 """What a backdoor answers to, and with."""
+FROM_WARM_START = "soup, from the warm start"
 DEFENCES = {
     "mean": ProxyOptions(average="mean"),
     "soup": ProxyOptions(average="soup"),
@@ -53,6 +54,7 @@ DEFENCES = {
     "trimmed": ProxyOptions(average="trimmed", bad=0.34),
     "median": ProxyOptions(average="median"),
     "krum": ProxyOptions(average="krum", bad=0.34),
+    FROM_WARM_START: ProxyOptions(average="soup"),
 }
 Attack = Callable[["Victim", str, State, State], State]
 """(the run, device id, its honest model, the weights that it started from) -> what the hostile device sends."""
@@ -143,7 +145,9 @@ def measure(victim: Victim, attack: str, defence: str, steps: Sequence[int], out
     """One fusion under one attack."""
     method = victim.config.method
     assert isinstance(method, DeepFusion)
-    config = shorter(replace(victim.config, method=replace(method, proxy=DEFENCES[defence])), *steps)
+    learning = replace(method.distillation, start="warm_start") if defence == FROM_WARM_START else method.distillation
+    method = replace(method, proxy=DEFENCES[defence], distillation=learning)
+    config = shorter(replace(victim.config, method=method), *steps)
     make = ATTACKS[attack]
 
     def change(device_id: str, model: State, start: State) -> State:

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from deepfusion.app import launch
+from deepfusion.artifacts import start_from
 from deepfusion.config import CONFIG, load_config, parse_config
 from deepfusion.devices.memory import num_parameters
 from deepfusion.methods import methods
@@ -92,6 +95,22 @@ def test_students_start_from_a_proxy_that_has_grown_and_the_reference_from_a_war
         told = json.loads((folder / place / "grown.json").read_text())
         assert names in told["from"], "of the fleet's architectures only this one grows into the target"
         assert abs(told["after"] - told["before"]) < 0.02
+
+
+def test_students_may_start_from_a_warm_start_that_no_device_has_touched(
+    records: dict[str, tuple[Path, Record]], tmp_path: Path
+) -> None:
+    other = records["deepfusion"][0]
+    tree = small_tree(other.parent, warm_start=WARM)
+    tree["distillation"]["start"] = "warm_start"
+    start_from(other, tmp_path / "run")
+    launch(parse_config(tree), tmp_path / "run", until="start", resume=True)
+    ours, proxys, references = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "run" / "start", other / "start", other / "reference" / "start")
+    )
+    assert all(torch.equal(ours[name], references[name]) for name in references)
+    assert not all(torch.equal(ours[name], proxys[name]) for name in proxys)
 
 
 def test_where_nothing_can_grow_the_base_is_the_start_and_the_record_says_so(

@@ -86,6 +86,7 @@ BAD: list[tuple[str, Any, tuple[str, ...]]] = [
     ("distillation.steps", 0, ("[distillation] steps = 0", "at least 1")),
     ("distillation.temperature", 0.0, ("[distillation] temperature = 0.0", "above 0")),
     ("distillation.alpha", -1.0, ("[distillation] alpha = -1.0", "0 to switch")),
+    ("distillation.start", "warm_start", ('[distillation] start = "warm_start"', "[warm_start] steps", '"proxy"')),
     ("distillation", None, ("[distillation] is missing", "add the section")),
     ("tune.experts", "thaw", ("[tune] experts", '"thaw"', '"freeze"')),
     ("merge", {"noise": -0.1}, ("[merge] noise = -0.1", "0 makes exact copies")),

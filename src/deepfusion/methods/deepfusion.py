@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -106,7 +106,7 @@ class DeepFusion:
         weights = reading.domain_weights(closeness_UK, self.distillation.text, self.distillation.text_temperature)
         teachers = self.average(site, uploads, clusters, initials, weights)
         texts = reading.domain_texts(site, weights, teachers, self.generate)
-        start = self.start(site, teachers, weights)
+        start = self.start(site, initials, teachers, weights)
         experts = self.distil(site, start, teachers, texts)
         merged = self.merge_students(site, experts, closeness_UK)
         return self.go_on(site, call, self.tune_merged(site, merged, teachers, texts))
@@ -157,11 +157,14 @@ class DeepFusion:
             )
         return teachers
 
-    def start(self, site: Site, teachers: Sequence[Sequence[Proxy]], weights: reading.Weights) -> Path:
-        """What all students start as: the best proxy that can grow to their size, or the target's base."""
+    def start(
+        self, site: Site, initials: Mapping[str, Path], teachers: Sequence[Sequence[Proxy]], weights: reading.Weights
+    ) -> Path:
+        """What all students start as: the best proxy or warm start that can grow to their size, or the target's base."""
         slices = self.slices(site, len(teachers))
         if self.grows(site):
-            sources = {p.folder.name: p.folder for domain in teachers for p in domain}
+            proxies = {p.folder.name: p.folder for domain in teachers for p in domain}
+            sources = initials if self.distillation.start == "warm_start" else proxies
             judge = reading.mean_judge(site, weights, self.proxy.judged_on)
             parts = (self.proxy.judged_on, reading.weights_key(weights))
             folder = assembly.grown(site, "start", sources, judge, *parts, slices=slices)
@@ -171,8 +174,8 @@ class DeepFusion:
         return folder
 
     def grows(self, site: Site) -> bool:
-        """Whether students start from a proxy where one can grow; a target with pretrained weights is their start."""
-        return self.distillation.start == "proxy" and site.target.base is None
+        """Whether students start from a small model where one can grow; a target with pretrained weights is their start."""
+        return self.distillation.start != "base" and site.target.base is None
 
     def slices(self, site: Site, domains: int) -> int:
         """Experts that are cut out of one student."""
@@ -275,6 +278,8 @@ class DeepFusion:
             "tune.optimisation": self.tune.optimisation,
         }
         yield from precision_faults(parts)
+        if self.distillation.start == "warm_start" and not self.warm_start.steps:
+            yield '[distillation] start = "warm_start": there is none; set [warm_start] steps, or choose "proxy" or "base"'
         if self.continued:
             yield from self.continued.selection_faults(devices, target)
         if self.upload.select == "medoids" and isinstance(self.embed, ServerProbe):

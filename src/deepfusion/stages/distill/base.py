@@ -44,8 +44,9 @@ class DistillOptions:
             goes its own way, from its own domain alone (after Branch-Train-MiX, arXiv 2403.07816). With the paper's recipe
             students are apart from the start.
         start: what all students start as: with "proxy" the proxy that predicts the domains' public text best, grown to the
-            student's size (`moe/growth.py`), where an architecture and the target allow it; else, or with "base", the
-            target's base. A target with pretrained weights is always its base.
+            student's size (`moe/growth.py`), where an architecture and the target allow it; with "warm_start" in the same way the
+            best warm start, which no device has touched; else, or with "base", the target's base. A target with pretrained
+            weights is always its base.
         together: the student reads the batches of all domains in one forward pass, each through its own expert: much
             faster for small models, and as much activation memory as domains; false reads one after the other.
             Families whose students are dense (DeepSeek) always do the latter.
@@ -62,7 +63,7 @@ class DistillOptions:
     text: Literal["domain", "uniform"] = "domain"
     text_temperature: float = 0.1
     branch: float = 0.8
-    start: Literal["proxy", "base"] = "proxy"
+    start: Literal["proxy", "warm_start", "base"] = "proxy"
     together: bool = True
     optimisation: Optimisation = field(default_factory=Optimisation)
 
