@@ -41,7 +41,13 @@ PLAIN = "every device, fp32"
 WAYS: dict[str, tuple[str, ...]] = {
     PLAIN: (),
     "one medoid of each domain and architecture, fp32": ONE,
-    "one medoid, nf4 both ways": (*ONE, "upload.format=nf4", "warm_start.format=nf4", "embed.hash_bits=12"),
+    "one medoid, nf4 both ways": (
+        *ONE,
+        "upload.format=nf4",
+        "warm_start.format=nf4",
+        "embed.type=tfidf",
+        "embed.hash_bits=11",
+    ),
 }
 HEAD = """| who sends a model, and how | seeds | models | up | up and down | perplexity | log-perplexity against the first (95%) |
 |---|---|---|---|---|---|---|"""
