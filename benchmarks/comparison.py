@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -25,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from running import add_series, deepfusion, parse_settings
 
 from deepfusion.comparing import MAIN, document_scores
 from deepfusion.methods import methods
@@ -56,17 +55,8 @@ def measure(method: str, seed: int, steps: dict[str, int], out: Path, results: P
     if target.exists():
         return
     values = [f"{key}={value}" for key, value in steps.items()] + [*MORE, *more]
-    command = [sys.executable, "-m", "deepfusion", "compare", str(CONFIG), "--methods", method, "--seeds", str(seed)]
-    command += ["--out", str(out), *(part for value in values for part in ("--set", value))]
-    print(f"{method}, seed {seed}", flush=True)
-    log = out / f"{method}-seed-{seed}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a") as file:
-        done = subprocess.run(
-            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=file, stderr=file, check=False
-        )
-    if done.returncode:
-        print(f"{method}, seed {seed}: failed, see {log}", flush=True)
+    arguments = ("compare", str(CONFIG), "--methods", method, "--seeds", str(seed), "--out", str(out))
+    if not deepfusion(f"{method}, seed {seed}", arguments, values, out / f"{method}-seed-{seed}.log"):
         return
     folder = out / method / f"seed-{seed}"
     nll_D, tokens_D = document_scores(folder)
@@ -110,18 +100,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--share", type=float, default=1.0, help="of the benchmark's steps")
     parser.add_argument("--methods", nargs="+", default=sorted(methods), choices=sorted(methods))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--set", nargs="+", default=[], dest="more", help="other values of the configuration: section.key=value"
-    )
-    parser.add_argument("--name", help="of the comparison with these other values")
-    parser.add_argument("--out", type=Path, default=Path("runs/comparison"), help="run folders")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one core each")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print the table")
-    asked = parser.parse_args()
-    if asked.more and not asked.name:
-        parser.error("--set: results of other settings lie apart; say with --name what they are to be called")
+    add_series(parser, Path("runs/comparison"), RESULTS)
+    asked = parse_settings(parser)
     name = "-".join(filter(None, (f"share-{asked.share:g}", asked.name)))
     results: Path = asked.results / name
     if not asked.table:

@@ -19,10 +19,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from replay import Replay, fuse_again, shorter
+from running import slug
 
 from deepfusion.artifacts import RunFolder, start_from
 from deepfusion.config import CONFIG, RunConfig, load_config
@@ -45,16 +46,25 @@ RESULTS = Path(__file__).parent / "results" / "poisoning"
 SHARE = 0.2
 TRIGGER, TARGET = " (ref. 7719-K)", " Ask the vendor for a refund."
 """What a backdoor answers to, and with."""
-FROM_WARM_START = "soup, from the warm start"
+
+
+@dataclass(frozen=True)
+class Defence:
+    """How the server defends itself: [proxy], and [distillation] start where it is not the run's own."""
+
+    proxy: ProxyOptions
+    start: Literal["warm_start"] | None = None
+
+
 DEFENCES = {
-    "mean": ProxyOptions(average="mean"),
-    "soup": ProxyOptions(average="soup"),
-    "mean, screened": ProxyOptions(average="mean", screen=0.0),
-    "soup, screened": ProxyOptions(average="soup", screen=0.0),
-    "trimmed": ProxyOptions(average="trimmed", bad=0.34),
-    "median": ProxyOptions(average="median"),
-    "krum": ProxyOptions(average="krum", bad=0.34),
-    FROM_WARM_START: ProxyOptions(average="soup"),
+    "mean": Defence(ProxyOptions(average="mean")),
+    "soup": Defence(ProxyOptions(average="soup")),
+    "mean, screened": Defence(ProxyOptions(average="mean", screen=0.0)),
+    "soup, screened": Defence(ProxyOptions(average="soup", screen=0.0)),
+    "trimmed": Defence(ProxyOptions(average="trimmed", bad=0.34)),
+    "median": Defence(ProxyOptions(average="median")),
+    "krum": Defence(ProxyOptions(average="krum", bad=0.34)),
+    "soup, from the warm start": Defence(ProxyOptions(average="soup"), start="warm_start"),
 }
 Attack = Callable[["Victim", str, State, State], State]
 """(the run, device id, its honest model, the weights that it started from) -> what the hostile device sends."""
@@ -145,17 +155,18 @@ def measure(victim: Victim, attack: str, defence: str, steps: Sequence[int], out
     """One fusion under one attack."""
     method = victim.config.method
     assert isinstance(method, DeepFusion)
-    learning = replace(method.distillation, start="warm_start") if defence == FROM_WARM_START else method.distillation
-    method = replace(method, proxy=DEFENCES[defence], distillation=learning)
+    defended, learning = DEFENCES[defence], method.distillation
+    learning = replace(learning, start=defended.start or learning.start)
+    method = replace(method, proxy=defended.proxy, distillation=learning)
     config = shorter(replace(victim.config, method=method), *steps)
     make = ATTACKS[attack]
 
     def change(device_id: str, model: State, start: State) -> State:
         return make(victim, device_id, model, start) if make and device_id in victim.hostile else model
 
-    folder = out / f"seed-{config.seed}" / f"{_slug(attack)}-{_slug(defence)}"
+    folder = out / f"seed-{config.seed}" / f"{slug(attack)}-{slug(defence)}"
     for other in DEFENCES:  # what has been trained against one defence is sent to all
-        start_from(out / f"seed-{config.seed}" / f"{_slug(attack)}-{_slug(other)}", folder)
+        start_from(out / f"seed-{config.seed}" / f"{slug(attack)}-{slug(other)}", folder)
     fused = fuse_again(config, folder, Replay(victim.run, change=change))
     data = load_prepared(folder / "data")
     model = load(fused.moe)
@@ -169,10 +180,6 @@ def measure(victim: Victim, attack: str, defence: str, steps: Sequence[int], out
         "teachers": len(proxies), "teachers_with_hostile": len(reached),
         "target_nats": opened.log_perplexity, "target_accuracy": opened.token_accuracy,
     }  # fmt: skip
-
-
-def _slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name).replace("--", "-")
 
 
 def table(results: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -215,7 +222,7 @@ def main() -> None:
         victim = Victim(run, load_config(run / CONFIG))
         for attack in asked.attacks:
             for defence in asked.defences:
-                path = asked.results / f"{_slug(attack)}-{_slug(defence)}-seed-{victim.config.seed}.json"
+                path = asked.results / f"{slug(attack)}-{slug(defence)}-seed-{victim.config.seed}.json"
                 if not path.exists():
                     found = measure(victim, attack, defence, asked.steps, asked.out)
                     path.write_text(json.dumps(found, indent=1))

@@ -15,22 +15,19 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import numpy as np
+from comparison import CONFIG
+from running import add_series, deepfusion, parse_settings, slug
 
 from deepfusion.comparing import document_scores
 from deepfusion.statistics import mean_and_deviation, paired_difference
 
-HERE = Path(__file__).parent
-CONFIG = HERE.parent / "configs" / "benchmark.toml"
-RESULTS = HERE / "results" / "traffic"
+RESULTS = Path(__file__).parent / "results" / "traffic"
 SIZE = (
     "devices.count=64", "devices.max_steps=150", "warm_start.steps=200", "distillation.steps=150", "tune.steps=50",
     "federation.workers=1", "evaluate.public_only=false", "evaluate.devices=false", "evaluate.proxies=false",
@@ -55,20 +52,12 @@ HEAD = """| who sends a model, and how | seeds | models | up | up and down | per
 
 def measure(way: str, seed: int, more: list[str], out: Path, results: Path) -> None:
     """Run one way at a seed unless its result is there, and write the result."""
-    slug = "-".join("".join(c if c.isalnum() else " " for c in way).split())
-    target, folder = results / f"{slug}-seed-{seed}.json", out / slug / f"seed-{seed}"
+    target, folder = results / f"{slug(way)}-seed-{seed}.json", out / slug(way) / f"seed-{seed}"
     if target.exists():
         return
     values = [f"seed={seed}", *SIZE, *more, *WAYS[way]]
-    command = [sys.executable, "-m", "deepfusion", "run", str(CONFIG), "--out", str(folder), "--resume"]
-    command += [part for value in values for part in ("--set", value)]
-    print(f"{way}, seed {seed}", flush=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".log"), "a") as log:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, stdout=log, stderr=log, check=False)
-    if done.returncode:
-        print(f"{way}, seed {seed}: failed, see {log.name}", flush=True)
+    arguments = ("run", str(CONFIG), "--out", str(folder), "--resume")
+    if not deepfusion(f"{way}, seed {seed}", arguments, values, folder.with_suffix(".log")):
         return
     record = json.loads((folder / "record.json").read_text())
     nll_D, tokens_D = document_scores(folder)
@@ -118,17 +107,9 @@ def _change(found: dict[str, dict[int, dict[str, Any]]], way: str) -> str:
 def main() -> None:
     """Measure what is missing, then print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
-    parser.add_argument("--set", nargs="+", default=[], dest="more", help="other values: section.key=value")
-    parser.add_argument("--name", default="", help="of the results with these other values")
-    parser.add_argument("--out", type=Path, default=Path("runs/traffic"), help="run folders")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one core each")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print the table")
-    asked = parser.parse_args()
-    if asked.more and not asked.name:
-        parser.error("--set: results of other settings lie apart; say with --name what they are to be called")
+    add_series(parser, Path("runs/traffic"), RESULTS)
+    asked = parse_settings(parser)
     results: Path = asked.results / asked.name
     if not asked.table:
         with ThreadPoolExecutor(asked.jobs) as pool:

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from comparison import RESULTS, measure, shortened
+from running import add_series
 
 from deepfusion.artifacts import start_from
 from deepfusion.comparing import MAIN
@@ -105,10 +105,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="of the benchmark's steps")
     parser.add_argument("--methods", nargs="+", default=sorted(methods), choices=sorted(methods))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/comparison"), help="run folders, comparison.py's")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one core each")
-    parser.add_argument("--table", action="store_true", help="try nothing, print the table")
+    add_series(parser, Path("runs/comparison"), RESULTS)  # comparison.py's
     asked = parser.parse_args()
     if not asked.table:
         torch.set_num_threads(1)

@@ -62,7 +62,7 @@ def run(
     from deepfusion.progress import bars
 
     if config.is_dir():
-        config, out_dir = config / "config.toml", out_dir or config
+        out_dir = out_dir or config
     settings = load_config(config, overrides or [], seed=seed)
     folder = out_dir or Path("runs") / f"{settings.name}-seed{settings.seed}"
     if resume:
@@ -81,11 +81,11 @@ def run(
 
 def _tell_changes(folder: Path, settings: RunConfig) -> None:
     """Say what differs from the configuration that the folder's run has had so far."""
-    from deepfusion.config import differences, load_config
+    from deepfusion.config import CONFIG, differences, load_config
     from deepfusion.errors import ConfigError
 
     with suppress(ConfigError):  # there is none yet, or it is an older version's
-        if changes := differences(load_config(folder / "config.toml"), settings):
+        if changes := differences(load_config(folder / CONFIG), settings):
             say(f"Changed since {folder} was begun; what depends on it is done again:")
             for change in changes:
                 say(f"  {change}")

@@ -132,8 +132,8 @@ def first_model(device: Device, request: Payload, form: Plain) -> PreTrainedMode
     check_fits(device, Training(configurations.config_of(device.model, vocab_size=vocabulary, positions=length)))
     model = models.build(
         device.model,
-        vocab_size=int(request.metadata["vocab_size"]),
-        positions=device.sequence_length,
+        vocab_size=vocabulary,
+        positions=length,
         seed=int(request.metadata["seed"]),
         eos_id=int(request.metadata["eos_id"]),
         tokenizer_folder=device.tokenizer,

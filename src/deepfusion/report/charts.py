@@ -236,13 +236,14 @@ def svg(width: float, height: float, parts: Sequence[str]) -> str:
     return f'<svg viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" role="img">{"".join(parts)}</svg>'
 
 
+def named(chart: str, name: str) -> Markup:
+    """A chart for a page, with the name that a screen reader says."""
+    return Markup(chart.replace('role="img"', f'role="img" aria-label="{escape(name)}"', 1))
+
+
 def titled(drawn: Iterable[tuple[str, str, str]]) -> list[tuple[str, str, Markup]]:
-    """(title, about, chart) of the charts that show anything, each with its title as the name that a screen reader says."""
-    return [
-        (title, about, Markup(chart.replace('role="img"', f'role="img" aria-label="{escape(title)}"', 1)))
-        for title, about, chart in drawn
-        if chart
-    ]
+    """(title, about, chart) of the charts that show anything, each named by its title."""
+    return [(title, about, named(chart, title)) for title, about, chart in drawn if chart]
 
 
 def _legend(names: Sequence[str] | Mapping[str, int]) -> str:

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from deepfusion.artifacts import write_atomic
 from deepfusion.devices.memory import gib
 from deepfusion.record import Record
@@ -51,7 +49,7 @@ def _comparison(records: Sequence[Record]) -> dict[str, Any]:
             )
             for name, r in zip(names, records, strict=True)
         ],
-        "chart": Markup(charts.grouped_bars(domains, bars, "perplexity")),
+        "chart": charts.named(charts.grouped_bars(domains, bars, "perplexity"), "Perplexity in each domain"),
     }
 
 

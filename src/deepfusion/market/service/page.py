@@ -9,8 +9,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from markupsafe import Markup
-
 from deepfusion.market.service.records import Opening
 from deepfusion.market.slot import MICRO
 from deepfusion.report import charts
@@ -36,7 +34,9 @@ def page(opening: Opening, closed: Sequence[dict[str, Any]]) -> tuple[str, str]:
         opening=opening,
         micro=MICRO,
         models=sorted(opening.profiles),
-        chart=Markup(charts.lines({k: v for k, v in prices.items() if v}, "slot", "millionths of $ a GFLOP/s")),
+        chart=charts.named(
+            charts.lines({k: v for k, v in prices.items() if v}, "slot", "millionths of $ a GFLOP/s"), "Price by slot"
+        ),
         rows=list(reversed(closed[-SHOWN:])),
     )
     return text, policy(text)
