@@ -228,6 +228,32 @@ class RunFolder:
         return final
 
 
+class SharedFolder(RunFolder):
+    """Stage results for several runs at a time: one of them makes what is missing, and the others wait for it.
+
+    Args:
+        note: told, once, whom a stage waits for.
+    """
+
+    def __init__(self, path: Path, note: Callable[[str], None]) -> None:
+        super().__init__(path)
+        self._note = note
+
+    def keep(self, name: str, make: Callable[[Path], None], *parts: Any) -> Path:
+        """See `RunFolder.keep`; names must tell keys apart, for a result that another run reads is never replaced."""
+        if self.key(name) == key_of(name, *parts):
+            return self.path / name
+        waits_for = set[int]()
+
+        def wait(other: dict[str, Any]) -> None:
+            if (pid := other.get("pid")) and pid not in waits_for:
+                waits_for.add(pid)
+                self._note(f"{name}: process {pid} is making it; waiting")
+
+        with hold(self._scratch / f"{name.replace('/', '-')}.held", wait):
+            return super().keep(name, make, *parts)
+
+
 def start_from(source: Path, folder: Path, only: Sequence[str] = ()) -> None:
     """Begin a run folder with a copy of another run's stages: those whose keys are equal are not made again.
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from deepfusion.artifacts import LOCK, MANIFEST, RunFolder, hold, key_of, write_atomic
+from deepfusion.artifacts import LOCK, MANIFEST, RunFolder, SharedFolder, hold, key_of, write_atomic
 from deepfusion.config import CONFIG, RunConfig, to_toml
 from deepfusion.data.options import CorpusSource, TokenizerOptions
 from deepfusion.data.prepare import PreparedData, corpus_from_source, load_prepared, prepare
@@ -205,7 +205,7 @@ def make_site(
         sequence_length=config.data.sequence_length,
         target=config.target,
         seed=config.seed,
-        cache=RunFolder(cache_folder()),
+        cache=SharedFolder(cache_folder(), note),
         progress=progress,
         note=note,
         until=until,

@@ -9,14 +9,16 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from deepfusion.artifacts import MANIFEST, RunFolder, file_digest, key_of, write_atomic
+from deepfusion.artifacts import MANIFEST, RunFolder, SharedFolder, file_digest, key_of, write_atomic
 from deepfusion.errors import DiskError
 
 
@@ -203,3 +205,32 @@ def test_a_stage_that_finds_the_disk_full_says_so_whoever_wrote_and_is_done_agai
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not (tmp_path / "stage").exists()
     assert (folder.keep("stage", full) / "model.safetensors").stat().st_size > 400_000
+
+
+def test_runs_that_need_the_same_shared_stage_at_once_make_it_once_and_say_whom_they_wait_for(tmp_path: Path) -> None:
+    stage, begun, waits, said = _Counted(), Event(), Event(), list[str]()
+
+    def slow(folder: Path) -> None:
+        begun.set()
+        assert waits.wait(30), "the other one does not wait"
+        stage(folder)
+
+    def note(sentence: str) -> None:
+        said.append(sentence)
+        waits.set()
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(SharedFolder(tmp_path, note).keep, "initial/gpt2", slow, "key")
+        assert begun.wait(30)
+        second = pool.submit(SharedFolder(tmp_path, note).keep, "initial/gpt2", slow, "key")
+        assert first.result(60) == second.result(60) == tmp_path / "initial" / "gpt2"
+    assert stage.made == 1
+    assert (tmp_path / "initial" / "gpt2" / "out.txt").read_text() == "result"
+    assert said == [f"initial/gpt2: process {os.getpid()} is making it; waiting"]
+
+
+def test_a_shared_stage_that_failed_in_one_run_is_made_by_the_next(tmp_path: Path) -> None:
+    shared = SharedFolder(tmp_path, print)
+    with pytest.raises(RuntimeError, match="the power went"):
+        shared.keep("initial/gpt2", _fails, "key")
+    assert (shared.keep("initial/gpt2", _Counted(), "key") / "out.txt").read_text() == "result"
