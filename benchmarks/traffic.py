@@ -87,7 +87,7 @@ def table(results: Path) -> str:
         both = mean(row["ledger"]["total_bytes"] / row["half"] for row in rows.values())
         models, perplexity = mean(row["models"] for row in rows.values()), [math.exp(n) for n in nats]
         lines.append(
-            f"| {way} | {len(rows)} | {models:g} | {up:.1%} | {both:.1%} | {mean_and_deviation(perplexity, 1)} | "
+            f"| {way} | {len(rows)} | {models:.3g} | {up:.1%} | {both:.1%} | {mean_and_deviation(perplexity, 1)} | "
             f"{_change(found, way)} |"
         )
     return "\n".join([*lines, "", "Bytes are shares of all devices' models in fp16."])
