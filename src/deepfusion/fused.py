@@ -4,71 +4,25 @@
 The gradient is made in the forward pass, while a chunk's logits are at hand. Scores that come as a hidden state and an
 output matrix are made within the chunk, too, and their gradient goes straight on to those two: then nothing of size
 B*T*V is ever in memory. Chunks are large, for the matrix products' sake; their softmax is made a tile at a time, which
-stays in a core's cache.
+stays in a core's cache. Whom a row of text listens to is decided in the same pass, from the logits that are there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, cast
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch.nn import functional
+
+from deepfusion.scores import Scores
 
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}
 """Logits that one chunk holds: enough for its matrix products to run at full speed."""
+ROOM_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 27}
+"""Logits of all models together that are kept until it is decided whom a row of text listens to."""
 TILE_ELEMENTS = {"cpu": 1 << 17}
 """Logits that one softmax looks at: about a core's cache on a CPU; elsewhere the whole chunk."""
-
-
-class Scores(NamedTuple):
-    """A model's next-token scores: as logits, or as what they are made of, logits = hidden weight^T + bias.
-
-    Attributes:
-        hidden_BTH: the last hidden state; the logits themselves where there is no weight.
-        weight_VH: the output matrix.
-        bias_V: its bias.
-    """
-
-    hidden_BTH: torch.Tensor
-    weight_VH: torch.Tensor | None = None
-    bias_V: torch.Tensor | None = None
-
-    @property
-    def vocab_size(self) -> int:
-        """V."""
-        return self.hidden_BTH.shape[-1] if self.weight_VH is None else len(self.weight_VH)
-
-    def flat(self) -> Scores:
-        """The same with batch and time as one axis."""
-        return self._replace(hidden_BTH=self.hidden_BTH.reshape(-1, self.hidden_BTH.shape[-1]))
-
-    def rows(self, rows: slice) -> Scores:
-        """Those of some rows of the batch."""
-        return self._replace(hidden_BTH=self.hidden_BTH[rows])
-
-    def first(self, count: int) -> Scores:
-        """Those of the first `count` tokens of the vocabulary."""
-        hidden_BTH, weight_VH, bias_V = self
-        if count == self.vocab_size:
-            return self
-        if weight_VH is None:
-            return Scores(hidden_BTH[..., :count])
-        return Scores(hidden_BTH, weight_VH[:count], None if bias_V is None else bias_V[:count])
-
-    def split(self, counts: Sequence[int]) -> list[Scores]:
-        """Parts of `counts` rows each."""
-        return [self._replace(hidden_BTH=part_BTH) for part_BTH in self.hidden_BTH.split(list(counts))]
-
-    def detached(self) -> Scores:
-        """The same without gradient."""
-        parts = (None if part is None else part.detach() for part in self)
-        return Scores(*cast(tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None], tuple(parts)))
-
-    def logits(self, rows: slice | torch.Tensor | int) -> torch.Tensor:
-        """Logits of some entries of the first axis."""
-        hidden = self.hidden_BTH[rows]
-        return hidden if self.weight_VH is None else functional.linear(hidden, self.weight_VH, self.bias_V)
 
 
 class WeighedTeacher(NamedTuple):
@@ -79,31 +33,40 @@ class WeighedTeacher(NamedTuple):
     exponent: float
 
 
-class _Chunk(NamedTuple):
-    """Positions with the same teachers, and those."""
+class Choice(NamedTuple):
+    """How it is decided, for each row of text, which teachers are listened to there.
 
-    rows: slice | torch.Tensor
-    teachers: list[WeighedTeacher]
+    Attributes:
+        length: T, positions of a row.
+        told_R: bool, positions by whose next token the models are compared.
+        decide: (nll_B, nll_AB) -> heard_AB, bool; the student's and the teachers' sums over a row's told positions, in nats.
+    """
+
+    length: int
+    told_R: torch.Tensor
+    decide: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def _chunk_size(scores: Scores) -> int:
-    """Positions of a chunk."""
-    return max(1, CHUNK_ELEMENTS.get(scores.hidden_BTH.device.type, 1 << 22) // scores.vocab_size)
+def _budget(elements: dict[str, int], scores: Scores, models: int = 1) -> int:
+    """Positions for which so many models' logits are within `elements`."""
+    return elements.get(scores.hidden_BTH.device.type, 1 << 22) // (scores.vocab_size * models)
 
 
-def _chunks(row_Q: torch.Tensor, student: Scores, teachers: Sequence[WeighedTeacher]) -> Iterator[_Chunk]:
-    """The positions, those that hear the same teachers together: as slices, which copy nothing, where it is all of them."""
-    positions, size = len(student.hidden_BTH), _chunk_size(student)
+def _chunks(
+    row_Q: torch.Tensor, student: Scores, teachers: Sequence[WeighedTeacher], size: int
+) -> Iterator[tuple[slice | torch.Tensor, list[int]]]:
+    """Positions that hear the same teachers, and their numbers: slices, which copy nothing, where it is all positions."""
+    positions = len(student.hidden_BTH)
     heard_Q = torch.zeros_like(row_Q)
     for number, teacher in enumerate(teachers):
         heard_Q += (teacher.weight_R[row_Q] != 0).long() << number
     for heard in heard_Q.unique().tolist():
-        mine = [teacher for number, teacher in enumerate(teachers) if heard >> number & 1]
+        mine = [number for number in range(len(teachers)) if heard >> number & 1]
         row_P = row_Q[heard_Q == heard]
         if len(row_P) == positions:
-            yield from (_Chunk(slice(begin, begin + size), mine) for begin in range(0, positions, size))
+            yield from ((slice(begin, begin + size), mine) for begin in range(0, positions, size))
         else:
-            yield from (_Chunk(row_C, mine) for row_C in row_P.split(size))
+            yield from ((row_C, mine) for row_C in row_P.split(size))
 
 
 class _Rooms:
@@ -128,7 +91,7 @@ class _Rooms:
 
 
 class _Tile(NamedTuple):
-    """Positions whose softmax is made at once; all that is as wide as the vocabulary is overwritten.
+    """Positions whose softmax is made at once; `differentiate` overwrites all that is as wide as the vocabulary.
 
     Attributes:
         logits_CV: the student's; their gradient afterwards.
@@ -142,13 +105,30 @@ class _Tile(NamedTuple):
     target_C1: torch.Tensor
     mean_C1: torch.Tensor
 
-    def split(self, size: int) -> Iterator[_Tile]:
-        """Itself in parts of `size` positions."""
-        for rows in (slice(begin, begin + size) for begin in range(0, len(self.target_C1), size)):
+    def split(self, counts: Sequence[int]) -> Iterator[_Tile]:
+        """Itself in parts of so many positions."""
+        for end, count in zip(itertools.accumulate(counts), counts, strict=True):
+            rows = slice(end - count, end)
             teachers = [(teacher_CV[rows], weight_C1[rows], power) for teacher_CV, weight_C1, power in self.teachers]
             yield _Tile(self.logits_CV[rows], teachers, self.target_C1[rows], self.mean_C1[rows])
 
-    def differentiate(self, tau: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def tiles(self, size: int) -> Iterator[_Tile]:
+        """Itself in parts of at most `size` positions."""
+        count = len(self.target_C1)
+        return self.split([min(size, count - begin) for begin in range(0, max(1, count), size)])
+
+    def hearing(self, numbers: Sequence[int]) -> _Tile:
+        """Itself with these of its teachers."""
+        return self._replace(teachers=[self.teachers[number] for number in numbers])
+
+    def nll(self) -> torch.Tensor:
+        """Cross-entropy of the next token under the student and each teacher, (1 + A, C)."""
+        models = [self.logits_CV, *(teacher_CV for teacher_CV, _, _ in self.teachers)]
+        return torch.stack(
+            [(each.logsumexp(-1, keepdim=True) - each.gather(1, self.target_C1))[:, 0] for each in models]
+        )
+
+    def differentiate(self, tau: float) -> torch.Tensor:
         """Sums of the weighted cross-entropy and of the weighted tau^2 KL."""
         logits_CV, target_C1, mean_C1 = self.logits_CV, self.target_C1, self.mean_C1
         logits_CV -= logits_CV.amax(-1, keepdim=True)
@@ -193,7 +173,7 @@ class _Tile(NamedTuple):
             pull_CV.addcmul_(soft_CV, -weights_C1 / soft_total_C1)
             exp_CV.mul_(mean_C1 / total_C1).sub_(pull_CV, alpha=tau)
         exp_CV.scatter_add_(1, target_C1, -mean_C1)
-        return -(logp_C1 * mean_C1).sum(), tau**2 * divergence_C1.sum()
+        return torch.stack([-(logp_C1 * mean_C1).sum(), tau**2 * divergence_C1.sum()])
 
 
 class _Gradients:
@@ -222,41 +202,111 @@ class _Gradients:
             self.bias_V += step_CV.sum(0)
 
 
-class FusedTokenLoss(torch.autograd.Function):
-    """(hidden_RH, weight_VH, bias_V, row_Q, target_R, mean_R, tau, [WeighedTeacher]) -> loss, cross-entropy, weighted KL.
+class _Sweep:
+    """One pass over positions: the models' logits, and the sums and gradients so far."""
 
-    Only `row_Q` of the R positions are looked at. The last two outputs carry no gradient.
+    def __init__(
+        self, student: Scores, teachers: Sequence[WeighedTeacher], target_R: torch.Tensor, mean_R: torch.Tensor,
+        tau: float, gradients: _Gradients,
+    ) -> None:  # fmt: skip
+        self._student, self._teachers, self._target_R, self._mean_R, self._tau = (
+            student,
+            teachers,
+            target_R,
+            mean_R,
+            tau,
+        )
+        self._dtype = torch.promote_types(student.hidden_BTH.dtype, torch.float32)
+        self._gradients = gradients
+        everything = student.vocab_size * len(mean_R)
+        self._tile = max(1, TILE_ELEMENTS.get(mean_R.device.type, everything) // student.vocab_size)
+        self.sums = torch.zeros(2, dtype=torch.float64, device=mean_R.device)
+
+    def known(self, row_Q: torch.Tensor) -> None:
+        """Loss and gradients of positions, where the teachers' weights say who is listened to."""
+        size = max(1, _budget(CHUNK_ELEMENTS, self._student))
+        rooms = _Rooms(min(len(row_Q), size), self._dtype)
+        for rows, numbers in _chunks(row_Q, self._student, self._teachers, size):
+            made = self._logits(rooms, rows, numbers)
+            self._add(rows, made, [made])
+
+    def chosen(self, row_Q: torch.Tensor, choice: Choice) -> torch.Tensor:
+        """Loss and gradients of positions, where `choice` says who is listened to; returns its heard_AB.
+
+        As many rows of text are taken at a time as leave room for all models' logits until that is decided. Where there is
+        room for none, the logits of one are made twice, a chunk at a time.
+        """
+        everyone, size = range(len(self._teachers)), max(1, _budget(CHUNK_ELEMENTS, self._student))
+        at_once = _budget(ROOM_ELEMENTS, self._student, 1 + len(everyone)) // choice.length
+        rooms = _Rooms(min(len(row_Q), max(size, at_once * choice.length)), self._dtype)
+        count_B = torch.bincount(row_Q // choice.length, minlength=len(self._mean_R) // choice.length)
+        groups = [part.tolist() for part in count_B.split(max(1, at_once))]
+        heard: list[torch.Tensor] = []
+        for counts, row_G in zip(groups, row_Q.split([sum(counts) for counts in groups]), strict=True):
+            whole = self._logits(rooms, row_G, everyone) if at_once else None
+            nll_MG = self._nll(whole) if whole is not None else self._nll_apart(rooms, row_G, size)
+            told_MG = torch.where(choice.told_R[row_G], nll_MG, 0)
+            nll_MB = torch.stack([told_MT.sum(1) for told_MT in told_MG.split(counts, 1)], 1)
+            heard.append(choice.decide(nll_MB[0], nll_MB[1:]))
+            numbers = [list(itertools.compress(everyone, heard_A)) for heard_A in heard[-1].mT.tolist()]
+            if whole is not None:
+                rows = whole.split(counts)
+                self._add(row_G, whole, [row.hearing(mine) for row, mine in zip(rows, numbers, strict=True)])
+                continue
+            for row_C in row_G.split(size):
+                made = self._logits(rooms, row_C, numbers[0])
+                self._add(row_C, made, [made])
+        return torch.cat(heard, 1)
+
+    def _logits(self, rooms: _Rooms, rows: slice | torch.Tensor, numbers: Sequence[int]) -> _Tile:
+        """Those of the student and of the teachers of these numbers."""
+        teachers: list[tuple[torch.Tensor, torch.Tensor, float]] = []
+        for room, (scores, weight_R, exponent) in enumerate((self._teachers[number] for number in numbers), start=1):
+            weight_C1 = weight_R[rows, None].to(self._dtype)
+            teachers.append((rooms.logits(room, scores, rows), weight_C1, exponent))
+        mean_C1 = self._mean_R[rows, None].to(self._dtype)
+        return _Tile(rooms.logits(0, self._student, rows), teachers, self._target_R[rows, None], mean_C1)
+
+    def _nll(self, whole: _Tile) -> torch.Tensor:
+        """`_Tile.nll`, a tile at a time."""
+        return torch.cat([tile.nll() for tile in whole.tiles(self._tile)], 1)
+
+    def _nll_apart(self, rooms: _Rooms, row_G: torch.Tensor, size: int) -> torch.Tensor:
+        """The same of positions whose logits have no room together: one model after the other."""
+        models = [self._student, *(teacher.scores for teacher in self._teachers)]
+        target_G1 = self._target_R[row_G, None]
+        return torch.cat([
+            torch.cat([self._nll(_Tile(rooms.logits(0, each, row_C), [], target_C1, target_C1)) for each in models])
+            for row_C, target_C1 in zip(row_G.split(size), target_G1.split(size), strict=True)
+        ], 1)  # fmt: skip
+
+    def _add(self, rows: slice | torch.Tensor, whole: _Tile, parts: Sequence[_Tile]) -> None:
+        """Differentiate the parts that `whole` consists of, and pass its gradient on."""
+        for part in parts:
+            for tile in part.tiles(self._tile):
+                self.sums += tile.differentiate(self._tau)
+        self._gradients.add(rows, whole.logits_CV)
+
+
+class FusedTokenLoss(torch.autograd.Function):
+    """Loss, cross-entropy, weighted KL, heard_AB, from the student's (hidden_RH, weight_VH, bias_V) and, without gradient:
+
+    row_Q (the only positions of the R that are looked at, in order), target_R, mean_R, tau, [WeighedTeacher], and `Choice` or
+    None. Only the first output carries a gradient; heard_AB is what was chosen.
     """
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        row_Q, target_R, mean_R, tau, teachers = arguments[3:]
+    def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        row_Q, target_R, mean_R, tau, teachers, choice = arguments[3:]
         student = Scores(*arguments[:3])
-        dtype = torch.promote_types(student.hidden_BTH.dtype, torch.float32)
-        sums = torch.zeros(2, dtype=torch.float64, device=mean_R.device)
-        wanted = ctx.needs_input_grad[:3]
-        gradients = _Gradients(student, wanted, sparse=len(row_Q) < len(mean_R))
-        rooms = _Rooms(min(len(row_Q), _chunk_size(student)), dtype)
-        size = TILE_ELEMENTS.get(mean_R.device.type, student.vocab_size * len(mean_R)) // student.vocab_size
-        for row_C, heard in _chunks(row_Q, student, teachers):
-            whole = _Tile(
-                rooms.logits(0, student, row_C),
-                [
-                    (rooms.logits(number, scores, row_C), weight_R[row_C, None].to(dtype), exponent)
-                    for number, (scores, weight_R, exponent) in enumerate(heard, start=1)
-                ],
-                target_R[row_C, None],
-                mean_R[row_C, None].to(dtype),
-            )
-            for tile in whole.split(max(1, size)):
-                sums += torch.stack(tile.differentiate(tau))
-            if any(wanted):
-                gradients.add(row_C, whole.logits_CV)
+        gradients = _Gradients(student, ctx.needs_input_grad[:3], sparse=len(row_Q) < len(mean_R))
+        sweep = _Sweep(student, teachers, target_R, mean_R, tau, gradients)
+        heard_AB = sweep.chosen(row_Q, choice) if choice else sweep.known(row_Q)
         ctx.gradients = gradients
-        cross_entropy, divergence = sums.to(dtype).unbind()
+        cross_entropy, divergence = sweep.sums.to(torch.promote_types(student.hidden_BTH.dtype, torch.float32)).unbind()
         loss = cross_entropy + divergence
-        ctx.mark_non_differentiable(cross_entropy, divergence)
-        return loss, cross_entropy, divergence
+        ctx.mark_non_differentiable(*(each for each in (cross_entropy, divergence, heard_AB) if each is not None))
+        return loss, cross_entropy, divergence, heard_AB
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, cast
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.nn import functional
 
-from deepfusion.fused import FusedTokenLoss, Scores, WeighedTeacher
+from deepfusion.fused import Choice, FusedTokenLoss, WeighedTeacher
+from deepfusion.scores import Scores
 from deepfusion.types import Batch
 
 
@@ -18,9 +20,9 @@ class TeacherScores(NamedTuple):
 
     Attributes:
         scores: over the student's vocabulary, at the student's positions; no gradient flows into them.
-        weight: factor of its KL in the loss: beta * omega in eq. (11).
+        weight: omega in eq. (11), the share of its KL among those of a domain's teachers.
         matched_BT: bool, positions at which it speaks (all that hold a token, when the tokenizer is shared).
-        trusted_B: bool, rows on which it is listened to (`listen`); all when left out.
+        trusted_B: bool, rows on which it is listened to; all when left out.
         exponent: g of OFA-KD (arXiv 2310.19444, eq. 8): not the KL but -sum_v ((q_v + 1{v=c})^g - 1{v=c}) log p_v is
             minimised, where c is the next token; at g = 1 that is the KL plus the teacher's entropy.
     """
@@ -33,20 +35,27 @@ class TeacherScores(NamedTuple):
 
 
 class TokenLosses(NamedTuple):
-    """The parts of `next_token_losses`, for logs: scalars without gradient.
+    """The parts of `next_token_losses`, for logs: scalars without gradient; and whom it listened to.
 
     Attributes:
         cross_entropy: mean over counted positions, in nats; 0 without one.
         divergence: tau^2 * KL(teacher || student), mean over the positions that are listened to, by their weight.
+        heard: the teachers, with the rows of text and the weight with which they were listened to.
     """
 
     cross_entropy: torch.Tensor
     divergence: torch.Tensor
+    heard: list[TeacherScores]
+
+
+Trust = Literal["all", "better", "best", "always"]
+"""Whom a student listens to: all teachers; those ahead of it; the best of those; each row's best, ahead of it or not."""
 
 
 def next_token_losses(
-    student: Scores, teachers: Sequence[TeacherScores], batch: Batch, temperature: float
-) -> tuple[torch.Tensor, TokenLosses]:
+    student: Scores, teachers: Sequence[TeacherScores], batch: Batch, temperature: float, *, beta: float = 1.0,
+    trust: Trust = "all",
+) -> tuple[torch.Tensor, TokenLosses]:  # fmt: skip
     """Cross-entropy plus the weighted KL to every teacher, in one pass; and both parts for the log.
 
     Position t predicts token t+1. Cross-entropy is the mean over the positions whose next token is counted and valid
@@ -54,76 +63,67 @@ def next_token_losses(
     matches (eq. 10). A mean over no position is 0 with zero gradient. Rows that a teacher is not trusted on count in its
     mean as zeros.
 
+    A teacher knows its own domain; elsewhere its distributions lead away from the text. `trust` = "better" keeps the rows of
+    text that a teacher predicts at least as well as the student does, "best" of those teachers the one that predicts the row
+    best, with the weight of all. "always" asks that one also where the student is ahead of it. A teacher whose prediction of
+    a row is not finite is not listened to there. With any of the three, `trusted_B` of the teachers must be left out.
+
     Args:
         student: of any floating type; the arithmetic on logits is done in float32 at least.
         teachers: may be empty: then the loss is the cross-entropy.
         temperature: tau > 0.
+        beta: weight of the KLs.
 
     Returns:
-        loss = cross-entropy + sum of weight * KL, differentiable once; and its parts.
+        loss = cross-entropy + beta * sum of weight * KL, differentiable once; and its parts.
     """
     counted_BT = torch.zeros_like(batch.counted_BT)
     counted_BT[:, :-1] = batch.counted_BT[:, 1:] & batch.valid_BT[:, 1:]
+    follows_BT = functional.pad(batch.valid_BT[:, 1:], (0, 1))  # there is a next token
     target_BT = batch.input_ids_BT.roll(-1, dims=1)
     mean_R = _mean_weights(counted_BT)
+    choice: Choice | None = None
+    if teachers and trust != "all":
+        assert all(teacher.trusted_B is None for teacher in teachers), "decided here"
+        choice = Choice(target_BT.shape[1], follows_BT.flatten(), partial(_listened_to, trust))
+        if trust != "better":
+            whole = sum(teacher.weight for teacher in teachers)
+            teachers = [teacher._replace(weight=whole) for teacher in teachers]
     soft: list[WeighedTeacher] = []
-    used_R = counted_BT.flatten()
+    used_BT = counted_BT if choice is None else counted_BT | follows_BT
     for teacher in teachers:
-        matched_BT = teacher.matched_BT
-        if teacher.exponent != 1:
-            matched_BT = matched_BT & functional.pad(batch.valid_BT[:, 1:], (0, 1))  # where there is a next token
-        weight_R = teacher.weight * _mean_weights(matched_BT)
+        matched_BT = teacher.matched_BT if teacher.exponent == 1 else teacher.matched_BT & follows_BT
+        weight_R = beta * teacher.weight * _mean_weights(matched_BT)
         if teacher.trusted_B is not None:
-            trusted_BT = teacher.trusted_B[:, None].expand_as(matched_BT)
-            matched_BT, weight_R = matched_BT & trusted_BT, weight_R * trusted_BT.flatten()
+            matched_BT, weight_R = matched_BT & teacher.trusted_B[:, None], _on_rows(weight_R, teacher.trusted_B)
         soft.append(WeighedTeacher(teacher.scores.detached().flat(), weight_R, teacher.exponent))
-        used_R = used_R | matched_BT.flatten()
-    row_Q = used_R.nonzero().squeeze(-1)
-    parts = FusedTokenLoss.apply(*student.flat(), row_Q, target_BT.flatten(), mean_R, temperature, soft)
-    loss, cross_entropy, divergence = cast(tuple[torch.Tensor, ...], parts)
-    heard = sum(float(weight_R.sum()) for _, weight_R, _ in soft)
-    return loss, TokenLosses(cross_entropy, divergence / heard if heard else divergence)
+        used_BT = used_BT | matched_BT
+    row_Q = used_BT.flatten().nonzero().squeeze(-1)
+    found: Any = FusedTokenLoss.apply(*student.flat(), row_Q, target_BT.flatten(), mean_R, temperature, soft, choice)
+    loss, cross_entropy, divergence, heard_AB = found
+    weights = [weight_R for _, weight_R, _ in soft]
+    if heard_AB is not None:
+        weights = [_on_rows(weight_R, heard_B) for weight_R, heard_B in zip(weights, heard_AB, strict=True)]
+        teachers = [teacher._replace(trusted_B=heard_B) for teacher, heard_B in zip(teachers, heard_AB, strict=True)]
+    heard = sum(float(weight_R.sum()) for weight_R in weights)
+    return loss, TokenLosses(cross_entropy, divergence / heard if heard else divergence, list(teachers))
 
 
-Trust = Literal["all", "better", "best", "always"]
-"""Whom a student listens to: all teachers; those ahead of it; the best of those; each row's best, ahead of it or not."""
-
-
-@torch.no_grad()
-def listen(teachers: Sequence[TeacherScores], student: Scores, batch: Batch, trust: Trust) -> list[TeacherScores]:
-    """The teachers, each with the rows of text on which it is listened to.
-
-    A teacher knows its own domain; elsewhere its distributions lead away from the text. "better" keeps the rows that a
-    teacher predicts at least as well as the student does, "best" of those teachers the one that predicts the row best,
-    with the weight of all. "always" asks that one also where the student is ahead of it. A teacher whose prediction of a
-    row is not finite is not listened to there.
-    """
-    if trust == "all" or not teachers:
-        return list(teachers)
-    nll_AB = torch.stack([_row_cross_entropy(teacher.scores, batch) for teacher in teachers])
+def _listened_to(trust: Trust, nll_B: torch.Tensor, nll_AB: torch.Tensor) -> torch.Tensor:
+    """Which teachers are listened to on which rows of text, by how well student and teachers predict them, in nats."""
     heard_AB = nll_AB.isfinite()
     nll_AB = nll_AB.where(heard_AB, torch.inf)
     if trust != "always":
-        heard_AB = heard_AB & (nll_AB <= _row_cross_entropy(student, batch))
+        heard_AB = heard_AB & (nll_AB <= nll_B)
     if trust == "better":
-        return [teacher._replace(trusted_B=rows_B) for teacher, rows_B in zip(teachers, heard_AB, strict=True)]
-    best_B, whole = nll_AB.argmin(0), sum(teacher.weight for teacher in teachers)
-    return [
-        teacher._replace(trusted_B=heard_B & (best_B == number), weight=whole)
-        for number, (teacher, heard_B) in enumerate(zip(teachers, heard_AB, strict=True))
-    ]
+        return heard_AB
+    best_B, number_A1 = nll_AB.argmin(0), torch.arange(len(nll_AB), device=nll_AB.device)[:, None]
+    return heard_AB & (best_B == number_A1)
 
 
-def _row_cross_entropy(scores: Scores, batch: Batch) -> torch.Tensor:
-    """Sum of the cross-entropy over each row's next tokens, (B,)."""
-    target_BT, valid_BT = batch.input_ids_BT[:, 1:], batch.valid_BT[:, 1:]
-    nll = [
-        functional.cross_entropy(scores.logits(row)[:-1].detach().float(), target_T, reduction="none") * valid_T
-        for row, (target_T, valid_T) in enumerate(
-            zip(target_BT, valid_BT, strict=True)
-        )  # one at a time: memory flat in B
-    ]
-    return torch.stack(nll).sum(1)
+def _on_rows(weight_R: torch.Tensor, rows_B: torch.Tensor) -> torch.Tensor:
+    """Weights of positions, 0 on all rows of text but these."""
+    return (weight_R.view(len(rows_B), -1) * rows_B[:, None]).flatten()
 
 
 def balance_loss(

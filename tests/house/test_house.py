@@ -15,7 +15,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 FLOORS = [
     set(rooms.split())
     for rooms in (
-        "errors registry schema types state_dicts robust training fused losses progress statistics membership sharding spread",
+        "errors registry schema types state_dicts robust training scores fused losses progress statistics membership "
+        "sharding spread",
         "artifacts data devices moe federation",
         "stages",
         "methods",

@@ -13,8 +13,8 @@ from torch.nn import functional
 from torch.nn.functional import cross_entropy, log_softmax
 
 from deepfusion import fused
-from deepfusion.fused import Scores
-from deepfusion.losses import TeacherScores, TokenLosses, Trust, balance_loss, listen, next_token_losses
+from deepfusion.losses import TeacherScores, TokenLosses, Trust, balance_loss, next_token_losses
+from deepfusion.scores import Scores
 from deepfusion.types import Batch
 
 B, T, V = 3, 7, 11
@@ -41,9 +41,9 @@ def teacher_of(
 
 
 def loss_of(
-    student_BTV: torch.Tensor, teachers: list[TeacherScores], batch: Batch, tau: float
+    student_BTV: torch.Tensor, teachers: list[TeacherScores], batch: Batch, tau: float, trust: Trust = "all"
 ) -> tuple[torch.Tensor, TokenLosses]:
-    return next_token_losses(Scores(student_BTV), teachers, batch, tau)
+    return next_token_losses(Scores(student_BTV), teachers, batch, tau, trust=trust)
 
 
 def plain_formula(
@@ -148,8 +148,8 @@ def test_rows_without_trust_count_as_zeros_in_the_mean() -> None:
 
 
 def rows_heard(teachers: list[torch.Tensor], student: torch.Tensor, batch: Batch, trust: Trust) -> list[list[bool]]:
-    heard = listen([teacher_of(t, 0.5, batch.valid_BT) for t in teachers], Scores(student), batch, trust)
-    return [teacher.trusted_B.tolist() for teacher in heard if teacher.trusted_B is not None]
+    _, parts = loss_of(student, [teacher_of(t, 0.5, batch.valid_BT) for t in teachers], batch, 1.0, trust)
+    return [teacher.trusted_B.tolist() for teacher in parts.heard if teacher.trusted_B is not None]
 
 
 def test_better_listens_to_a_teacher_on_the_rows_that_it_predicts_no_worse() -> None:
@@ -175,8 +175,7 @@ def test_a_teacher_that_overflows_on_a_row_is_not_heard_there_and_silences_nobod
     rows = [[False, False, False], [True, True, True]]
     assert rows_heard([bad, good], student, batch, trust) == rows
     assert rows_heard([bad], student, batch, trust) == [[False, False, trust == "always"]]
-    heard = listen([teacher_of(bad, 0.5, every_BT), teacher_of(good, 0.5, every_BT)], Scores(student), batch, trust)
-    loss, _ = loss_of(student, heard, batch, 1.0)
+    loss, _ = loss_of(student, [teacher_of(bad, 0.5, every_BT), teacher_of(good, 0.5, every_BT)], batch, 1.0, trust)
     (gradient,) = torch.autograd.grad(loss, student)
     assert bool(loss.isfinite())
     assert bool(gradient.isfinite().all())
@@ -192,31 +191,27 @@ def test_best_listens_on_each_row_to_one_teacher_with_the_weight_of_all() -> Non
     teachers = [teacher_of(first, 0.2, every_BT), teacher_of(second, 0.5, every_BT)]
     best = {"best": [[False, True, False], [True, False, False]], "always": [[False, True, True], [True, False, False]]}
     for trust, rows in best.items():
-        heard = listen(teachers, Scores(student), batch, trust)  # type: ignore[arg-type]
-        assert [t.trusted_B.tolist() for t in heard if t.trusted_B is not None] == rows, (
-            "also where the student is ahead"
-        )
-        assert [t.weight for t in heard] == [0.7, 0.7]
         chosen = torch.stack([second[0], first[1], first[2]])
         counts_B = torch.tensor(rows).any(0)
-        loss, parts = loss_of(student, heard, batch, 1.0)
+        loss, parts = loss_of(student, teachers, batch, 1.0, trust)  # type: ignore[arg-type]
+        assert [t.trusted_B.tolist() for t in parts.heard if t.trusted_B is not None] == rows, (
+            "also where the student is ahead"
+        )
+        assert [t.weight for t in parts.heard] == [0.7, 0.7]
         expected, of_chosen = loss_of(student, [teacher_of(chosen, 0.7, every_BT, counts_B)], batch, 1.0)
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(parts.divergence, of_chosen.divergence)
     one = [teacher_of(first, 0.2, every_BT)]
-    losses_of = [
-        loss_of(student, listen(one, Scores(student), batch, trust), batch, 1.0)[0] for trust in ("all", "always")
-    ]
-    torch.testing.assert_close(*losses_of)
+    torch.testing.assert_close(loss_of(student, one, batch, 1.0)[0], loss_of(student, one, batch, 1.0, "always")[0])
 
 
 @pytest.mark.parametrize("trust", ["all", "better", "best", "always"])
 @pytest.mark.parametrize("tau", [1.0, 2.0])
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 2, B])
 def test_scores_made_a_piece_at_a_time_give_the_loss_and_gradients_of_whole_logits(
-    trust: Trust, tau: float, bias: bool, monkeypatch: pytest.MonkeyPatch
+    trust: Trust, tau: float, bias: bool, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(fused.CHUNK_ELEMENTS, "cpu", 4 * V)
     batch, generator = batch_of(3), torch.Generator().manual_seed(5)
 
     def scores(width: int) -> Scores:
@@ -235,12 +230,15 @@ def test_scores_made_a_piece_at_a_time_give_the_loss_and_gradients_of_whole_logi
 
     def run(ours: Scores, theirs: list[Scores]) -> list[torch.Tensor]:
         told = [TeacherScores(one, 0.4, batch.valid_BT) for one in theirs]
-        loss, parts = next_token_losses(ours, listen(told, ours, batch, trust), batch, tau)
+        loss, parts = next_token_losses(ours, told, batch, tau, trust=trust)
         return [loss, parts.divergence, *torch.autograd.grad(loss, leaves)]
 
+    at_once = run(whole(Scores(*leaves)), [whole(t) for t in teachers])
+    monkeypatch.setitem(fused.CHUNK_ELEMENTS, "cpu", 4 * V)
+    monkeypatch.setitem(fused.ROOM_ELEMENTS, "cpu", rows * 3 * T * V)  # so many rows of three models' logits at a time
     pieces = run(Scores(*leaves), teachers)
     assert pieces[1] > 0
-    for found, expected in zip(pieces, run(whole(Scores(*leaves)), [whole(t) for t in teachers]), strict=True):
+    for found, expected in zip(pieces, at_once, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 

@@ -19,10 +19,10 @@ from deepfusion.devices import features
 from deepfusion.devices.features import forward, read
 from deepfusion.devices.models import from_config, load, save
 from deepfusion.errors import ModelError
-from deepfusion.fused import Scores
 from deepfusion.losses import next_token_losses
 from deepfusion.moe import families
 from deepfusion.moe.single import compute_as_mlp
+from deepfusion.scores import Scores
 from deepfusion.stages import merge, router
 from deepfusion.stages.distill import DistillOptions, Logits, Rule, Vaa, distill, loop, rules
 from deepfusion.stages.distill.align import Alignment, same_tokens

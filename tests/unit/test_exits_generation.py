@@ -11,13 +11,13 @@ import torch
 from exits_world import FAMILIES, VOCABULARY, backbone_of, heads_of
 
 from deepfusion.errors import MarketError
-from deepfusion.fused import Scores
 from deepfusion.market.exits import leaving
 from deepfusion.market.exits.backbone import plain
 from deepfusion.market.exits.costs import costs_of
 from deepfusion.market.exits.generation import StateCache, generate
 from deepfusion.market.exits.heads import ExitHeads
 from deepfusion.market.exits.leaving import judge, leave_early, leaves
+from deepfusion.scores import Scores
 from deepfusion.types import Batch
 
 PROMPT = (3, 5, 7, 9, 11)

@@ -13,8 +13,8 @@ from deepfusion.devices.configurations import make_config
 from deepfusion.devices.features import forward
 from deepfusion.devices.models import from_config
 from deepfusion.devices.presets import PRESETS
-from deepfusion.fused import Scores
 from deepfusion.losses import next_token_losses
+from deepfusion.scores import Scores
 from deepfusion.stages.mutual import Predictions, best_of, index_type, knowledge_loss, learn, least_loss, predict
 from deepfusion.training import Optimisation
 from deepfusion.types import Batch

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from deepfusion.errors import ModelError
-from deepfusion.fused import Scores
+from deepfusion.scores import Scores
 from deepfusion.types import Batch
 
 LOGITS_HELD = 1 << 22

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from deepfusion.data.packing import PackedText
 from deepfusion.devices.documents import PrivateDocuments
 from deepfusion.devices.features import forward
-from deepfusion.fused import Scores
 from deepfusion.losses import next_token_losses
 from deepfusion.moe.routing import Penalty, watching
+from deepfusion.scores import Scores
 from deepfusion.training import Checkpoint, Optimisation, accelerator, fit
 from deepfusion.types import Batch, Progress, silent
 

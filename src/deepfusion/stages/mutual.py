@@ -13,9 +13,9 @@ import torch
 from transformers import PreTrainedModel
 
 from deepfusion.devices.features import forward
-from deepfusion.fused import Scores
 from deepfusion.losses import next_token_losses
 from deepfusion.moe.routing import Penalty, watching
+from deepfusion.scores import Scores
 from deepfusion.training import Optimisation, accelerator, derive_seed, fit
 from deepfusion.types import Batch, Progress, silent
 

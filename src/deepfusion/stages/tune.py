@@ -23,7 +23,7 @@ from deepfusion.artifacts import write_atomic
 from deepfusion.devices.features import Reading, blocks, read
 from deepfusion.devices.models import load, save
 from deepfusion.devices.read_ahead import ReadAhead
-from deepfusion.losses import TeacherScores, Trust, balance_loss, listen, next_token_losses
+from deepfusion.losses import TeacherScores, Trust, balance_loss, next_token_losses
 from deepfusion.moe import Family
 from deepfusion.moe.base import expert_parameters
 from deepfusion.moe.routing import router_choices, router_logits
@@ -221,11 +221,10 @@ def tuning_losses(
         share = len(mine.valid_BT) / len(batch.valid_BT)
         if not share:
             continue
-        predictions = [
-            TeacherScores(reading.scores, options.beta * omega, mine.valid_BT) for reading, omega in domain_teachers
-        ]
-        predictions = listen(predictions, own, mine, options.trust)
-        token_loss, parts = next_token_losses(own, predictions, mine, options.temperature)
+        predictions = [TeacherScores(reading.scores, omega, mine.valid_BT) for reading, omega in domain_teachers]
+        token_loss, parts = next_token_losses(
+            own, predictions, mine, options.temperature, beta=options.beta, trust=options.trust
+        )
         loss = loss + share * token_loss
         cross_entropy = cross_entropy + share * parts.cross_entropy
         divergence = divergence + share * parts.divergence

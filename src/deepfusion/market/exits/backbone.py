@@ -17,7 +17,7 @@ from transformers import Cache, PreTrainedModel
 
 from deepfusion.devices.features import HEAD_TOLERANCE, blocks
 from deepfusion.errors import ModelError
-from deepfusion.fused import Scores
+from deepfusion.scores import Scores
 from deepfusion.types import Batch
 
 Run = Callable[[torch.Tensor], torch.Tensor]

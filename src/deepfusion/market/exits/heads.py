@@ -27,9 +27,9 @@ from torch.nn import functional
 from deepfusion.artifacts import write_atomic
 from deepfusion.devices.models import init_id
 from deepfusion.errors import MarketError
-from deepfusion.fused import Scores
 from deepfusion.market.exits.backbone import Backbone
 from deepfusion.schema import misfits
+from deepfusion.scores import Scores
 from deepfusion.state_dicts import check_finite
 from deepfusion.types import State
 

@@ -13,9 +13,9 @@ from typing import Literal
 
 import torch
 
-from deepfusion.fused import Scores
 from deepfusion.market.exits.backbone import Run
 from deepfusion.market.exits.heads import ExitHeads
+from deepfusion.scores import Scores
 from deepfusion.types import Batch
 
 Confidence = Literal["probability", "entropy"]

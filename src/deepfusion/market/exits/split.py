@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from deepfusion.errors import MarketError
-from deepfusion.fused import Scores
 from deepfusion.market.exits.backbone import Backbone, Run, plain
+from deepfusion.scores import Scores
 from deepfusion.types import Batch
 
 

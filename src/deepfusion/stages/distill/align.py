@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from deepfusion.errors import ModelError
-from deepfusion.fused import Scores
+from deepfusion.scores import Scores
 from deepfusion.types import Batch
 
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from deepfusion.devices.features import Reading, read
 from deepfusion.devices.read_ahead import ReadAhead
-from deepfusion.fused import Scores
-from deepfusion.losses import TeacherScores, listen, next_token_losses
+from deepfusion.losses import TeacherScores, next_token_losses
+from deepfusion.scores import Scores
 from deepfusion.stages.distill.align import same_tokens
 from deepfusion.stages.distill.base import Adapter, DistillOptions, Exits
 from deepfusion.types import Batch, Text, concatenate
@@ -99,14 +99,18 @@ def _losses(
     common = min([student.scores.vocab_size, *(prediction.scores.vocab_size for prediction in predictions)])
     predictions = [prediction._replace(scores=prediction.scores.first(common)) for prediction in predictions]
     compared = student.scores.first(common)
-    predictions = listen(predictions, compared, batch, options.trust)
-    soft = [prediction._replace(weight=beta * prediction.weight) for prediction in predictions] if beta else []
-    if compared is student.scores:
-        loss, parts = next_token_losses(student.scores, soft, batch, options.temperature)
-    else:
-        loss, parts = next_token_losses(student.scores, [], batch, options.temperature)
-        soft_loss, soft_parts = next_token_losses(compared, soft, _unlabelled(batch), options.temperature)
-        loss, parts = loss + soft_loss, parts._replace(divergence=soft_parts.divergence)
+    whole = compared is student.scores
+    loss, parts = next_token_losses(
+        compared,
+        predictions,
+        batch if whole else _unlabelled(batch),
+        options.temperature,
+        beta=beta,
+        trust=options.trust,
+    )
+    if not whole:
+        own_loss, own_parts = next_token_losses(student.scores, [], batch, options.temperature)
+        loss, parts = loss + own_loss, parts._replace(cross_entropy=own_parts.cross_entropy)
     losses = {"ce": parts.cross_entropy, "kl": parts.divergence}
     hidden = dict(zip(taps, student.taps, strict=True))
     for number, (teacher, heard) in enumerate(teachers):
@@ -115,7 +119,7 @@ def _losses(
         student_hidden = [hidden[tap] for tap in teacher.adapter.student_taps]
         if isinstance(teacher.adapter, Exits):
             features = _exit_losses(
-                teacher.adapter(student_hidden), head, predictions[number], batch, options.temperature
+                teacher.adapter(student_hidden), head, parts.heard[number], batch, options.temperature
             )
         else:
             features = teacher.adapter(student_hidden, heard.taps, batch.valid_BT, alignment.batch.valid_BT)
