@@ -5,10 +5,13 @@
     python benchmarks/comparison.py                                 every method, seeds 0 1 2, as long as configs/benchmark.toml
     python benchmarks/comparison.py --share 0.1 --methods deepfusion fedavg
     python benchmarks/comparison.py --share 0.1 --table             the table of the results so far, and its page
+    python benchmarks/comparison.py --share 0.1 --name best --beside share-0.1 --methods deepfusion ofa \
+        --set distillation.optimisation.learning_rate=0.004 compare.ofa.distillation.optimisation.learning_rate=0.004
 
 --share shortens every training of the benchmark, the devices' and the server's alike. It is `deepfusion compare` otherwise.
-Results of different shares lie apart, and those of other settings (--set) under a --name of their own. A result that is there
-is not measured again, so this can be stopped and taken up at any time.
+Results of different shares lie apart, and those of other settings (--set) under a --name of their own; --beside takes the
+methods that were not measured with these settings from other results. A result that is there is not measured again, so this
+can be stopped and taken up at any time.
 """
 
 from __future__ import annotations
@@ -66,10 +69,14 @@ def measure(method: str, seed: int, steps: dict[str, int], out: Path, results: P
     target.write_text(json.dumps(said) + "\n")
 
 
-def measured(results: Path) -> Comparison | None:
-    """What the results so far come to."""
+def measured(results: Path, beside: Path | None = None) -> Comparison | None:
+    """What the results so far come to, with those `beside` of the methods that have none."""
     runs: list[Run] = []
-    for path in sorted(results.glob("*-seed-*.json")):
+    paths = {path.name: path for path in results.glob("*-seed-*.json")}
+    own = {name.split("-seed-")[0] for name in paths}
+    others = beside.glob("*-seed-*.json") if beside else ()
+    paths |= {path.name: path for path in others if path.name.split("-seed-")[0] not in own}
+    for path in (paths[name] for name in sorted(paths)):
         found: dict[str, Any] = json.loads(path.read_text())
         nll_D, tokens_D = (np.asarray(part) for part in found["documents"])
         runs.append(Run(Record.model_validate(found["record"]), Path(path.stem), (nll_D, tokens_D)))
@@ -101,6 +108,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="of the benchmark's steps")
     parser.add_argument("--methods", nargs="+", default=sorted(methods), choices=sorted(methods))
     add_series(parser, Path("runs/comparison"), RESULTS)
+    parser.add_argument("--beside", help="of these results, methods that have none of their own: e.g. share-0.1")
     asked = parse_settings(parser)
     name = "-".join(filter(None, (f"share-{asked.share:g}", asked.name)))
     results: Path = asked.results / name
@@ -110,7 +118,7 @@ def main() -> None:
             mine = [(method, seed) for seed in asked.seeds for method in asked.methods if (method == MAIN) == wave]
             with ThreadPoolExecutor(asked.jobs) as pool:
                 list(pool.map(lambda one: measure(*one, steps, asked.out / name, results, asked.more), mine))
-    found = measured(results)
+    found = measured(results, asked.results / asked.beside if asked.beside else None)
     if found is None:
         sys.exit(f"{results}: no results yet; leave --table out to measure")
     (results / "results.md").write_text(table(found) + "\n")
