@@ -209,13 +209,8 @@ class _Sweep:
         self, student: Scores, teachers: Sequence[WeighedTeacher], target_R: torch.Tensor, mean_R: torch.Tensor,
         tau: float, gradients: _Gradients,
     ) -> None:  # fmt: skip
-        self._student, self._teachers, self._target_R, self._mean_R, self._tau = (
-            student,
-            teachers,
-            target_R,
-            mean_R,
-            tau,
-        )
+        self._student, self._teachers = student, teachers
+        self._target_R, self._mean_R, self._tau = target_R, mean_R, tau
         self._dtype = torch.promote_types(student.hidden_BTH.dtype, torch.float32)
         self._gradients = gradients
         everything = student.vocab_size * len(mean_R)
