@@ -58,7 +58,7 @@ def reference() -> str:
     parts = [INTRODUCTION, "## Top level", "\n".join(top), *below]
     for name in methods:
         rows, below = reader.rows(methods[name], "")
-        parts += [f'## With `method = "{name}"`', _first_line(methods[name]), "\n".join([HEAD, *rows]), *below]
+        parts += [f'## With `method = "{name}"`', _about(methods[name]), "\n".join([HEAD, *rows]), *below]
     return "\n\n".join(parts) + "\n"
 
 
@@ -97,12 +97,14 @@ class _Reader:
             return [f"### {title}", f"The options of `[{self.seen[cls]}]`."]
         self.seen[cls] = section
         rows, below = self.rows(cls, section)
-        return [f"### {title}", _first_line(cls), *(["\n".join([HEAD, *rows])] if rows else []), *below]
+        return [f"### {title}", _about(cls), *(["\n".join([HEAD, *rows])] if rows else []), *below]
 
 
-def _first_line(cls: type) -> str:
-    line = re.sub(r"^\[.*?\]+: ", "", (inspect.getdoc(cls) or "").splitlines()[0])
-    return line[:1].upper() + line[1:]
+def _about(cls: type) -> str:
+    """What a docstring says before its attributes."""
+    text = (inspect.getdoc(cls) or "").partition("\n\nAttributes:")[0]
+    text = re.sub(r"^\[.*?\]+: ", "", text).strip()
+    return text[:1].upper() + text[1:]
 
 
 def _default(field: dataclasses.Field[Any]) -> str:

@@ -19,6 +19,7 @@ from deepfusion.methods import DeepFusion, methods
 from deepfusion.methods.base import Method, Training
 from deepfusion.methods.budget import Shapes, message
 from deepfusion.moe import families
+from deepfusion.moe.growth import cannot_grow
 from deepfusion.run import largest_trainings, own_configs, shapes_of
 
 
@@ -55,6 +56,7 @@ class Plan:
         server_memory_bytes: of the largest: DeepFusion's students (one copy with the joint recipe), else the MoE.
         disk_bytes: what the run folder will hold, at most.
         missing_text: what is not there yet of the files that the run will read.
+        start: what DeepFusion's students start as; None in other methods.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Plan:
     server_memory_bytes: int
     disk_bytes: int
     missing_text: tuple[str, ...]
+    start: str | None
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -87,10 +90,11 @@ def make_plan(config: RunConfig) -> Plan:
     own, hosted = own_configs(config), largest_trainings(config)
     rows = tuple(_architecture(config, name, fleet[name], own, hosted[name], shapes) for name in own)
     family, target = families[config.target.model_type], shapes.target
-    parameters, domains, student = memory.num_parameters(target), None, shapes.student
+    parameters, domains, student, start = memory.num_parameters(target), None, shapes.student, None
     if isinstance(method, DeepFusion):
         domains = shapes.domains
         student = family.student_config(target, slices=method.merge.slices(domains, family.num_experts(target)))
+        start = _start(config, method, own, student)
         need = memory.training_memory(student, method.distillation.optimisation, shapes.length).total
         need += (
             (domains - 1) * 16 * (parameters - memory.num_parameters(student)) // max(1, family.num_experts(target) - 1)
@@ -115,7 +119,24 @@ def make_plan(config: RunConfig) -> Plan:
         server_memory_bytes=need,
         disk_bytes=2 * (uploads or 0) + kept,
         missing_text=tuple(missing_files(config.data)),
+        start=start,
     )
+
+
+def _start(
+    config: RunConfig, method: DeepFusion, own: Mapping[str, PreTrainedConfig], student: PreTrainedConfig
+) -> str:
+    """What the students start as, in words; the largest single part of what fusion is worth, so worth knowing before."""
+    if config.target.base is not None:
+        return config.target.base
+    if method.distillation.start == "base":
+        return "random weights"
+    family, length = families[config.target.model_type], config.data.sequence_length
+    reasons = {name: cannot_grow(model, student, family, length) for name, model in own.items()}
+    if able := [name for name, reason in reasons.items() if reason is None]:
+        what = "warm start" if method.distillation.start == "warm_start" else "proxy"
+        return f"the best {what} of {', '.join(able)}, grown"
+    return "random weights: " + "; ".join(f"{name} cannot grow, {reason}" for name, reason in reasons.items())
 
 
 def _all_uploads(devices: int, each: int, method: Method, domains: int) -> int:
@@ -178,6 +199,7 @@ def plan_tables(plan: Plan) -> list[Table]:
             f"{plan.target_parameters / 1e6:,.1f} M parameters, {plan.target_active_parameters / 1e6:,.1f} M a token",
         ),
         ("base of one expert", f"{plan.student_parameters / 1e6:,.1f} M parameters"),
+        *([("students start as", plan.start)] if plan.start else []),
         ("all uploads", _bytes(plan.upload_bytes)),
         ("all downloads", _bytes(plan.download_bytes)),
         ("trainings on public text", f"{plan.server_flops:.2e} FLOPs"),

@@ -148,7 +148,8 @@ class ModelSpec:
 
     Attributes:
         name: what this run calls the architecture; the name that clusters, proxies and reports show.
-        preset: a name out of `deepfusion list`: a configuration of ours, randomly initialised.
+        preset: a name out of `deepfusion list`. Those of ours (pico, tiny, small) start from random weights; published models
+            bring their own from the hub.
         folder: a folder that `save_pretrained` made (configuration and safetensors weights).
         hub: a model's name on the Hugging Face hub.
         config: Hugging Face configuration keys that override those of the preset, folder or hub model.

@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from deepfusion.config import parse_config
 from deepfusion.devices.configurations import make_config
 from deepfusion.devices.models import from_config
 from deepfusion.devices.presets import PRESETS
 from deepfusion.moe import families
 from deepfusion.moe.growth import cannot_grow, grow
+from deepfusion.plan import make_plan
+from small_world import WARM, rounds_tree, small_tree, write_text
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 56,
@@ -167,3 +171,27 @@ def test_the_shipped_llamas_grow_into_the_shipped_qwen() -> None:
         target = family.ready_target(make_config(PRESETS[f"qwen2-moe-{size}"].config, vocab_size=512, positions=64))
         llama = make_config(PRESETS[f"llama-{size}"].config, vocab_size=512, positions=64)
         assert cannot_grow(llama, family.student_config(target), family, LENGTH) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "the best proxy of llama, grown"),
+        ({"distillation": {"start": "warm_start"}, "warm_start": WARM}, "the best warm start of llama, grown"),
+        ({"distillation": {"start": "base"}}, "random weights"),
+        (
+            {"target": {"preset": "olmoe-pico"}},
+            "random weights: gpt2 cannot grow, a gpt2 is not built like a olmoe; llama ",
+        ),
+    ],
+)
+def test_a_plan_says_what_students_start_as(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    write_text(tmp_path)
+    start = make_plan(parse_config(small_tree(tmp_path, **changes))).start
+    assert start is not None
+    assert start.startswith(said)
+
+
+def test_a_plan_of_a_method_without_students_has_no_start(tmp_path: Path) -> None:
+    write_text(tmp_path)
+    assert make_plan(parse_config(rounds_tree(tmp_path, "fedavg"))).start is None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from deepfusion.cli.shared import AsJson, ConfigPath, Overrides, Seed, app, err, escape, examples, out, say
+from deepfusion.cli.shared import AsJson, MarketPath, Overrides, Seed, app, err, escape, examples, out, say
 
 if TYPE_CHECKING:  # --help need not wait for it
     from deepfusion.market.ledger import Ledger
@@ -143,7 +143,7 @@ def _show_slot(result: dict[str, Any], mode: str) -> None:
     epilog=examples(
         "deepfusion market audit bids.ledger.json",
         "deepfusion market audit bids.ledger.json --commitment slots/14/commitment.json --bids my-bid.jsonl",
-        "deepfusion market audit market.sqlite --slot market-17 --receipts receipts.jsonl",
+        "deepfusion market audit market.sqlite --slot edge-17 --receipts receipts.jsonl",
     )
 )
 def audit(
@@ -205,7 +205,7 @@ def _show_audit(written: Ledger, wrong: list[str], *, noted: bool, as_json: bool
     )
 )
 def simulate(
-    config: ConfigPath,
+    config: MarketPath,
     out_dir: Annotated[Path, typer.Option("--out", help="Folder for record.json and market.html.")],
     seed: Seed = None,
     overrides: Overrides = None,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from deepfusion.cli.market import Profiles, market, tables
-from deepfusion.cli.shared import ConfigPath, Overrides, examples, out
+from deepfusion.cli.shared import MarketPath, Overrides, examples, out
 
 
 @market.command(
@@ -19,7 +19,7 @@ from deepfusion.cli.shared import ConfigPath, Overrides, examples, out
     )
 )
 def serve(
-    config: ConfigPath,
+    config: MarketPath,
     host: Annotated[
         str, typer.Option(help="Where to listen. For others, put a proxy with TLS before it.")
     ] = "127.0.0.1",

@@ -55,7 +55,13 @@ def _readable(path: Path) -> Path:
 
 ConfigPath = Annotated[
     Path,
-    typer.Argument(help="A TOML file, e.g. configs/quickstart.toml", metavar="CONFIG", callback=_readable),
+    typer.Argument(
+        help="A TOML file, e.g. configs/quickstart.toml, or a run folder.", metavar="CONFIG", callback=_readable
+    ),
+]
+MarketPath = Annotated[
+    Path,
+    typer.Argument(help="A TOML file: see the examples.", metavar="CONFIG", callback=_readable),
 ]
 Overrides = Annotated[
     list[str] | None,

@@ -38,7 +38,7 @@ def template_fields(template: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerOptions:
-    """[data.tokenizer]: exactly one of the four.
+    """[data.tokenizer]: exactly one of the four; left out, a byte-level BPE of 4,096 tokens is trained on the public text.
 
     Attributes:
         vocab_size: train a byte-level BPE of this many tokens on the public text.

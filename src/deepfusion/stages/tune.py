@@ -45,7 +45,7 @@ class TuneOptions:
         balance: weight of the balance loss over the experts; 0 is the paper's way.
         experts: "train" tunes the routed experts too, "freeze" leaves them as they were distilled (the paper's way).
         expert_rate: factor on the learning rate of the routed experts.
-        optimisation: [tune.optimisation]
+        optimisation: [tune.optimisation], with learning_rate = 1e-4 when left out.
     """
 
     steps: int = 200
