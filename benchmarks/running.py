@@ -1,14 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What benchmarks share that run `deepfusion` many times: names as paths, one run into a log, and the options of a series."""
+"""What benchmarks share that run `deepfusion` many times: names as paths, one run into a log, its
+validation loss, and the options of a series."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from deepfusion.data.prepare import load_corpus
+from deepfusion.devices.models import load
+from deepfusion.stages.evaluate import by_domain, score_documents
 
 
 def slug(name: str) -> str:
@@ -27,6 +34,14 @@ def deepfusion(what: str, arguments: Sequence[str], values: Sequence[str], log: 
     if done.returncode:
         print(f"{what}: failed, see {log}", flush=True)
     return not done.returncode
+
+
+def validation(folder: Path) -> float:
+    """Mean over the devices' domains of a run's log-perplexity on validation text, in nats a token."""
+    corpus, record = load_corpus(folder / "data" / "validation"), json.loads((folder / "record.json").read_text())
+    length = int(record["config"]["data"]["sequence_length"])
+    found = by_domain(score_documents(load(folder / "moe"), corpus, length), corpus)
+    return statistics.mean(found[name].log_perplexity for name in record["metrics"]["domains"])
 
 
 def add_series(parser: argparse.ArgumentParser, out: Path, results: Path) -> None:

@@ -15,20 +15,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from comparison import RESULTS, measure, shortened
-from running import add_series
+from running import add_series, validation
 
 from deepfusion.artifacts import start_from
 from deepfusion.comparing import MAIN
-from deepfusion.data.prepare import load_corpus
-from deepfusion.devices.models import load
 from deepfusion.methods import DeepFusion, methods
-from deepfusion.stages.evaluate import by_domain, score_documents
 
 SERVER, DEVICES = "distillation.optimisation.learning_rate", "devices.training.learning_rate"
 RATES = {
@@ -44,13 +40,6 @@ USUAL = 0.002
 def option(method: str, rate: float) -> str:
     """The override of the comparison's configuration that gives a method this rate."""
     return f"{'' if method == MAIN else f'compare.{method}.'}{RATES[method]}={rate}"
-
-
-def validation(folder: Path, length: int) -> float:
-    """Mean over the devices' domains of a run's log-perplexity on validation text, in nats a token."""
-    corpus, private = load_corpus(folder / "data" / "validation"), json.loads((folder / "record.json").read_text())
-    found = by_domain(score_documents(load(folder / "moe"), corpus, length), corpus)
-    return statistics.mean(found[name].log_perplexity for name in private["metrics"]["domains"])
 
 
 def attempt(method: str, rate: float, asked: argparse.Namespace) -> None:
@@ -72,11 +61,7 @@ def attempt(method: str, rate: float, asked: argparse.Namespace) -> None:
     if not (folder / "moe").exists():
         print(f"{method} at {rate:g}: no model in {folder}; it has failed, or only its result is left", flush=True)
         return
-    record = json.loads((folder / "record.json").read_text())
-    found = {
-        "method": method, "rate": rate, "seed": asked.seed,
-        "validation": validation(folder, int(record["config"]["data"]["sequence_length"])),
-    }  # fmt: skip
+    found = {"method": method, "rate": rate, "seed": asked.seed, "validation": validation(folder)}
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(found) + "\n")
 

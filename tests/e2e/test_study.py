@@ -3,35 +3,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import study
 import tomli_w
 
 from deepfusion.config import parse_config
 from small_world import small_tree, write_text
 
-STUDY = Path(__file__).parents[2] / "benchmarks" / "study"
 
-
-@pytest.fixture
-def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(STUDY))
-    spec = importlib.util.spec_from_file_location("study", STUDY / "study.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "study", module)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_every_row_is_a_valid_change_of_the_benchmark(study: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_row_is_a_valid_change_of_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEEPFUSION_DATA", "/data")
     rows = study.read_rows([0, 1], [])
     assert [row.name for row in rows[:2]] == ["main", "main"], "the others start from the mains' folders"
@@ -52,7 +37,7 @@ def result_of(seed: int, nats: dict[str, float]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_what_main_is_compared_with_has_intervals_too(study: ModuleType, tmp_path: Path) -> None:
+def test_what_main_is_compared_with_has_intervals_too(tmp_path: Path) -> None:
     def lines() -> dict[str, str]:
         return {line.split(" | ")[0]: line for line in study.table(tmp_path, ["main"]).splitlines()}
 
@@ -71,7 +56,7 @@ def test_what_main_is_compared_with_has_intervals_too(study: ModuleType, tmp_pat
 
 @pytest.mark.slow
 def test_rows_are_measured_once_and_compared_with_main(
-    study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_text(tmp_path / "text")
     config = tmp_path / "small.toml"

@@ -2,10 +2,10 @@
 """The study: what fusion is worth on real text, and which parts of the method earn it.
 
     export DEEPFUSION_DATA=/path/to/data
-    python benchmarks/study/study.py                                   every row of rows.toml, seeds 0 1 2, then the table
-    python benchmarks/study/study.py --rows main "no features" --seeds 0
-    python benchmarks/study/study.py --table                           the table of the results so far
-    python benchmarks/study/study.py --name short --set distillation.steps=150 tune.steps=50     another size, under a name
+    python benchmarks/study.py                                         every row of study_rows.toml, seeds 0 1 2, then the table
+    python benchmarks/study.py --rows main "no features" --seeds 0
+    python benchmarks/study.py --table                                 the table of the results so far
+    python benchmarks/study.py --name short --set distillation.steps=150 tune.steps=50           another size, under a name
 
 Each row and seed is a run folder of its own under --out. It starts as a copy of the seed's main run, whose stages are not
 done again where their options are the same. A result that is in --results already is not measured again, so the study
@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
 import subprocess
 import sys
 import tomllib
@@ -30,24 +28,23 @@ from typing import Any
 
 import tomli_w
 import torch
-from table import table
+from comparison import CONFIG
+from running import add_series, deepfusion, parse_settings, slug, validation
+from study_table import table
 
 from deepfusion.artifacts import start_from
-from deepfusion.data.prepare import load_corpus
-from deepfusion.devices.models import load
+from deepfusion.comparing import MAIN
 from deepfusion.schema import read_toml
-from deepfusion.stages.evaluate import by_domain, score_documents
 
 HERE = Path(__file__).parent
-CONFIG = HERE.parent.parent / "configs" / "benchmark.toml"
-RESULTS = HERE.parent / "results" / "study"
+RESULTS = HERE / "results" / "study"
 KEPT = ("moe", "public-only", "merged")
 """Models whose score of each test document is part of a result."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of rows.toml at one seed."""
+    """A row of study_rows.toml at one seed."""
 
     name: str
     about: str
@@ -58,7 +55,7 @@ class Row:
     @property
     def slug(self) -> str:
         """Its name as part of a path."""
-        return "-".join("".join(c if c.isalnum() else " " for c in self.name.lower()).split())
+        return slug(self.name.lower())
 
     def config(self, base: Path, more: Sequence[str] = ()) -> dict[str, Any]:
         """The whole configuration as nested tables; `more` are overrides of the base, as of `deepfusion run --set`."""
@@ -76,7 +73,7 @@ class Row:
 
 def read_rows(seeds: list[int], names: list[str]) -> list[Row]:
     """The asked rows at the asked seeds, the mains first."""
-    rows = tomllib.loads((HERE / "rows.toml").read_text())["row"]
+    rows = tomllib.loads((HERE / "study_rows.toml").read_text())["row"]
     unknown = set(names) - {row["name"] for row in rows}
     if unknown:
         sys.exit(f"--rows {' '.join(sorted(unknown))}: no such row; choose from {', '.join(r['name'] for r in rows)}")
@@ -88,24 +85,19 @@ def read_rows(seeds: list[int], names: list[str]) -> list[Row]:
     return sorted(found, key=lambda row: row.name != "main")
 
 
-def run(row: Row, more: Sequence[str], out: Path, results: Path, threads: int) -> None:
+def run(row: Row, more: Sequence[str], out: Path, results: Path) -> None:
     """Make the row's run unless its result is there, and write the result."""
     target = results / f"{row.slug}-seed-{row.seed}.json"
     tree = row.config(CONFIG, more)
     if target.exists() and json.loads(target.read_text())["config"] == tree:
         return
     folder, main = out / f"seed-{row.seed}" / row.slug, out / f"seed-{row.seed}" / "main"
-    start_from(main, folder, only=() if tree["method"] == "deepfusion" else ("data",))
+    start_from(main, folder, only=() if tree.get("method", MAIN) == MAIN else ("data",))
     config = out / f"seed-{row.seed}" / f"{row.slug}.toml"
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(tomli_w.dumps(tree))
-    print(f"{row.name}, seed {row.seed}: {folder}", flush=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-m", "deepfusion", "run", str(config), "--out", str(folder), "--resume"]
-    with open(folder.with_suffix(".log"), "a") as log:
-        done = subprocess.run(command, env=environment, stdout=log, stderr=log, check=False)
-    if done.returncode:
-        print(f"{row.name}, seed {row.seed}: failed, see {folder.with_suffix('.log')}", flush=True)
+    arguments = ("run", str(config), "--out", str(folder), "--resume")
+    if not deepfusion(f"{row.name}, seed {row.seed}", arguments, (), folder.with_suffix(".log")):
         return
     results.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(result(row, tree, folder)) + "\n")
@@ -115,10 +107,6 @@ def result(row: Row, tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What is kept of a run: enough for every number of the table."""
     record = json.loads((folder / "record.json").read_text())
     scores = {path.parent.name: json.loads(path.read_text()) for path in (folder / "scores").glob("*/scores.json")}
-    validation = load_corpus(folder / "data" / "validation")
-    length = int(tree["data"]["sequence_length"])
-    private = set(record["metrics"]["domains"])
-    held_out = by_domain(score_documents(load(folder / "moe"), validation, length), validation)
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE, check=False
     )
@@ -130,7 +118,7 @@ def result(row: Row, tree: dict[str, Any], folder: Path) -> dict[str, Any]:
         "commit": commit.stdout.strip(),
         "versions": record["versions"],
         "config": tree,
-        "validation": statistics.mean(score.log_perplexity for name, score in held_out.items() if name in private),
+        "validation": validation(folder),
         "metrics": record["metrics"],
         "baselines": {name: value and {**value, "items": None} for name, value in record["baselines"].items()},
         "seconds": record["seconds"],
@@ -145,27 +133,16 @@ def result(row: Row, tree: dict[str, Any], folder: Path) -> dict[str, Any]:
 def main() -> None:
     """Measure what is missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", default=[], help="names of rows; all when left out")
-    parser.add_argument(
-        "--set", nargs="+", default=[], dest="more", help="another size for all rows: section.key=value"
-    )
-    parser.add_argument("--name", default="", help="of the study of that size")
-    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="run folders")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="rows at a time")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print the table")
-    asked = parser.parse_args()
-    if asked.more and not asked.name:
-        parser.error("--set: results of another size lie apart; say with --name what they are to be called")
+    add_series(parser, Path("runs/study"), RESULTS)
+    asked = parse_settings(parser)
     rows, out, results = read_rows(asked.seeds, asked.rows), asked.out / asked.name, asked.results / asked.name
     if not asked.table:
-        threads = max(1, (os.cpu_count() or 1) // asked.jobs)
-        torch.set_num_threads(threads)
+        torch.set_num_threads(1)
         for wave in (True, False):  # the other rows start from their seed's main run
             with ThreadPoolExecutor(asked.jobs) as pool:
                 mine = [row for row in rows if (row.name == "main") == wave]
-                list(pool.map(lambda row: run(row, asked.more, out, results, threads), mine))
+                list(pool.map(lambda row: run(row, asked.more, out, results), mine))
     print(table(results, [row.name for row in read_rows([0], [])]))
 
 
