@@ -12,6 +12,8 @@ from typing import Any
 from deepfusion.config import RunConfig
 from deepfusion.data.embedded import EMBEDDED
 from deepfusion.devices.presets import PRESETS
+from deepfusion.fleet.device_file import DeviceFile
+from deepfusion.fleet.server_file import ServerFile
 from deepfusion.methods import methods
 from deepfusion.methods.selective import continuations
 from deepfusion.moe import families
@@ -42,8 +44,9 @@ def catalogue() -> dict[str, dict[str, str]]:
 HEAD = "| option | value | default | meaning |\n|---|---|---|---|"
 INTRODUCTION = """# Configuration
 
-One TOML file a run. Unknown keys, wrong types and impossible combinations are refused, all at once; `--set section.key=value`
-overrides one value. A section without a required key may be left out."""
+One TOML file a run; in a fleet of real machines ([fleet.md](fleet.md)) the server and each device have one of their own (at the
+end). Unknown keys, wrong types and impossible combinations are refused, all at once; `--set section.key=value` overrides one
+value of a run. A section without a required key may be left out."""
 
 
 def reference() -> str:
@@ -56,9 +59,11 @@ def reference() -> str:
         *shared,
     ]
     parts = [INTRODUCTION, "## Top level", "\n".join(top), *below]
-    for name in methods:
-        rows, below = reader.rows(methods[name], "")
-        parts += [f'## With `method = "{name}"`', _about(methods[name]), "\n".join([HEAD, *rows]), *below]
+    own = {f'With `method = "{name}"`': methods[name] for name in methods}
+    files: dict[str, type] = {"A fleet's `device.toml`": DeviceFile, "A fleet's `fleet.toml`": ServerFile}
+    for title, cls in (own | files).items():
+        rows, below = reader.rows(cls, "")
+        parts += [f"## {title}", _about(cls), "\n".join([HEAD, *rows]), *below]
     return "\n\n".join(parts) + "\n"
 
 

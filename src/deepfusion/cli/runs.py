@@ -47,7 +47,9 @@ def run(
     ] = None,
     seed: Seed = None,
     overrides: Overrides = None,
-    until: Annotated[str | None, typer.Option(help="Stop after this stage, e.g. clusters or experts.")] = None,
+    until: Annotated[
+        str | None, typer.Option(help="Stop after this stage, e.g. clusters or experts; a wrong name lists them.")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on in an existing run folder; finished stages are kept.")
     ] = False,
